@@ -1,0 +1,147 @@
+"""Combinations that no single key can rule out. They run on the composed config, before torch is imported.
+
+Each check raises UserError with one line that names the key and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
+
+from core_torl.config.errors import UserError, nearest
+
+
+def check_train(cfg: DictConfig) -> None:
+    """Everything that can be said about a training config without loading anything."""
+    check_keys(cfg)
+    _positive(cfg, "rl_steps", "group_size", "prompts_per_step", "variant.microbatch_size", "variant.update_epochs", "trainer.threads", "trainer.devices", "trainer.num_nodes")  # fmt: skip
+    _not_negative(cfg, "evaluate_every", "callbacks.checkpoint_every", "callbacks.samples_every", "variant.warmup_steps", "variant.lr", "variant.weight_decay", "variant.grad_clip", "model.lora.rank")  # fmt: skip
+    if cfg.callbacks.checkpoint_keep < 1:
+        raise UserError(f"callbacks.checkpoint_keep={cfg.callbacks.checkpoint_keep}: must be at least 1")
+    if cfg.group_size < 2:
+        raise UserError(f"group_size={cfg.group_size}: a group advantage needs at least 2 answers")
+    if len(cfg.variant.betas) != 2 or not all(0 <= b < 1 for b in cfg.variant.betas):
+        raise UserError(f"variant.betas={list(cfg.variant.betas)}: two numbers in [0, 1)")
+    if not 0 <= cfg.variant.max_excluded <= 1:
+        raise UserError(f"variant.max_excluded={cfg.variant.max_excluded}: a share between 0 and 1")
+    check_minibatch(cfg)
+    check_truncated_sampling(cfg)
+    check_replaced(cfg)
+    _check_shared(cfg)
+
+
+def check_evaluate(cfg: DictConfig) -> None:
+    """The same for an evaluation."""
+    check_keys(cfg)
+    _check_shared(cfg)
+
+
+def check_warm_start(cfg: DictConfig) -> None:
+    """The same for a warm start."""
+    check_keys(cfg)
+    _positive(cfg, "batch_size", "drill_batch_size", "steps", "layers", "width", "heads", "mlp", "threads", "lr", "evaluate_per_concept")
+    _not_negative(cfg, "drill_steps", "drill_until", "warmup_steps", "boxed_weight")
+    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
+        raise UserError(f"width={cfg.width}, heads={cfg.heads}: width / heads must be an even number")
+    if not 0 <= cfg.gap_epsilon <= 1:
+        raise UserError(f"gap_epsilon={cfg.gap_epsilon}: a share between 0 and 1")
+    known = ("option_drill", "arithmetic", "nonce", "recite", "defined", "mastered", "gap")
+    for name, share in cfg.mixture.items():
+        if name not in known:
+            raise UserError(f"mixture: unknown kind of text {name!r}.{nearest(str(name), known)}")
+        if share < 0:
+            raise UserError(f"mixture.{name}={share}: must not be negative")
+
+
+def _check_shared(cfg: DictConfig) -> None:
+    if cfg.trainer.accelerator not in ("cpu", "cuda"):
+        raise UserError(f"trainer.accelerator={cfg.trainer.accelerator!r}: use cpu or cuda")
+    if cfg.trainer.strategy not in ("auto", "ddp"):
+        raise UserError(f"trainer.strategy={cfg.trainer.strategy!r}: use auto or ddp")
+    if cfg.trainer.devices * cfg.trainer.num_nodes > 1 and cfg.trainer.strategy == "auto":
+        raise UserError(f"trainer.devices={cfg.trainer.devices} with trainer.strategy=auto: set trainer.strategy=ddp")
+    if cfg.logger.mode not in ("offline", "online", "disabled"):
+        raise UserError(f"logger.mode={cfg.logger.mode!r}: use offline, online or disabled")
+
+
+def check_minibatch(cfg: DictConfig) -> None:
+    """Optimizer steps must divide the trajectories of an RL step, and ranks must divide both."""
+    total, ranks = cfg.group_size * cfg.prompts_per_step, cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.prompts_per_step % ranks:
+        raise UserError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of the {ranks} processes (trainer.devices * trainer.num_nodes)")
+    size = cfg.variant.minibatch_size
+    if size is not None and (size < 1 or total % size or size % ranks):
+        fits = [d for d in range(1, total + 1) if total % d == 0 and d % ranks == 0]
+        close = min(fits, key=lambda d: abs(d - size))
+        raise UserError(
+            f"variant.minibatch_size={size} does not divide group_size * prompts_per_step = {cfg.group_size} * "
+            f"{cfg.prompts_per_step} = {total} evenly over {ranks} process(es): use {close}, or null for one update a step"
+        )
+
+
+def check_truncated_sampling(cfg: DictConfig) -> None:
+    """A truncated distribution is renormalized by the sampler and not by the trainer: the importance ratio would lie."""
+    sampler = cfg.sampler
+    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if key in sampler and sampler[key] != off:
+            raise UserError(
+                f"sampler.{key}={sampler[key]} in training: the sampler renormalizes what is left and the trainer does not, so "
+                f"importance ratios would be wrong; set sampler.{key}={off} and use sampler.temperature"
+            )
+    if sampler.get("temperature", 1.0) <= 0:
+        raise UserError(f"sampler.temperature={sampler.temperature}: training needs a positive temperature; greedy groups are all alike")
+
+
+def check_replaced(cfg: DictConfig) -> None:
+    """K < N: a group must keep answers of its own beside the replaced ones (CORE, section 3). For variants that replace."""
+    replaced = cfg.variant.get("replaced")
+    if replaced is not None and not 0 < replaced < cfg.group_size:
+        raise UserError(f"variant.replaced={replaced} (K) must lie in 1..{cfg.group_size - 1}, below group_size={cfg.group_size} (N)")
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Refuse keys added with ``+`` that no dataclass knows, values left at ``???``, and interpolations that lead nowhere."""
+    for path, node in _mappings(cfg, ""):
+        kind = OmegaConf.get_type(node)
+        if dataclasses.is_dataclass(kind):
+            known = {f.name for f in dataclasses.fields(kind)}
+            for key in node:
+                if key not in known:
+                    full = f"{path}{key}"
+                    raise UserError(f"unknown key {full!r}: nothing reads it.{nearest(str(key), known)}")
+        for key in node:
+            try:
+                node[key]
+            except MissingMandatoryValue as error:
+                raise UserError(f"{path}{key} has no value: set {path}{key}=...") from error
+            except InterpolationResolutionError as error:
+                raise UserError(f"{path}{key}: {str(error).splitlines()[0]}") from error
+
+
+def _mappings(node: Any, path: str) -> list[tuple[str, DictConfig]]:
+    found = [(path, node)]
+    for key in node:
+        if not OmegaConf.is_missing(node, key):
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                found += _mappings(child, f"{path}{key}.")
+            elif isinstance(child, ListConfig):
+                continue
+    return found
+
+
+def _positive(cfg: DictConfig, *keys: str) -> None:
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value <= 0:
+            raise UserError(f"{key}={value}: must be larger than 0")
+
+
+def _not_negative(cfg: DictConfig, *keys: str) -> None:
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < 0:
+            raise UserError(f"{key}={value}: must not be negative")

@@ -1,0 +1,69 @@
+"""How a problem becomes the text a policy reads, with or without a concept before it.
+
+One template renders the plain prompt and the concept-primed prompt, so that only the concept differs between the two
+(the released CORE code changed the instructions as well). ``style: plain`` gives the text to the tokenizer as it is;
+``style: chat`` puts it through the tokenizer's own chat template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from core_torl.problem import LETTERS, Concept, Problem
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Format strings; ``{question}``, ``{options}``, ``{concept}`` and ``{last}`` (the last option letter) are filled in.
+
+    ``choice`` and ``open`` are the whole user text of a choice and of an open question; both must hold ``{concept}``
+    where the concept goes, which is empty in a plain prompt. ``concept`` renders the concept itself, ``option`` one
+    option. ``system`` is only used by ``style: chat``.
+    """
+
+    style: str
+    choice: str
+    open: str
+    concept: str
+    option: str
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.style not in ("plain", "chat"):
+            raise ValueError(f"model.prompt.style={self.style!r}: use plain or chat")
+        for key, needed in (
+            ("choice", ("{concept}", "{question}", "{options}")),
+            ("open", ("{concept}", "{question}")),
+        ):
+            missing = [n for n in needed if n not in getattr(self, key)]
+            if missing:
+                raise ValueError(f"model.prompt.{key} lacks {missing[0]}: add it where that part belongs")
+
+    def user_text(self, problem: Problem, concept: Concept | None = None) -> str:
+        """The text of the question. ``concept`` is None at test time, always."""
+        options = "".join(
+            self.option.format(letter=letter, text=text) for letter, text in zip(LETTERS, problem.options, strict=False)
+        )
+        layout = self.choice if problem.is_choice else self.open
+        fields = {
+            "concept": self.concept.format(text=concept.text, name=concept.name) if concept else "",
+            "question": problem.question,
+            "options": options,
+            "last": problem.letters[-1:] or "A",
+        }
+        for name, value in fields.items():
+            layout = layout.replace("{" + name + "}", "\x00" + name + "\x00")
+        for name, value in fields.items():  # two passes: a question may itself hold braces, LaTeX is full of them
+            layout = layout.replace("\x00" + name + "\x00", value)
+        return layout
+
+    def encode(self, tokenizer: Any, problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
+        """Token ids of the prompt, ready for a sampler; special tokens included once."""
+        text = self.user_text(problem, concept)
+        if self.style == "plain":
+            return tuple(tokenizer(text)["input_ids"])
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": text})
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])

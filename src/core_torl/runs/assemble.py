@@ -1,0 +1,109 @@
+"""Putting the parts of a run together from its config. The only module that knows which part needs which.
+
+Order matters: what can fail cheaply (data, prompts, rewards) is built before what is expensive (weights).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from core_torl.config import UserError, build
+from core_torl.config.build import trust
+from core_torl.data.base import ProblemSets
+from core_torl.data.prompt import PromptTemplate
+from core_torl.model.load import Policy, check_model
+from core_torl.problem import Concept, Problem
+
+Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
+
+
+@dataclass
+class Prepared:
+    """What can be built without weights: everything a mistake in a config or a file is found in."""
+
+    problems: ProblemSets
+    template: PromptTemplate
+    reward: Any
+    evaluation: Any
+
+
+@dataclass
+class Parts(Prepared):
+    """What training and evaluation have in common."""
+
+    policy: Policy
+    sampler: Any
+    encode: Encode
+
+
+def check_model_group(cfg: DictConfig) -> PromptTemplate:
+    """Checks that need no weights; returns the prompt template. Raises UserError."""
+    trust(list(cfg.trusted_targets))
+    try:
+        check_model(path=cfg.model.path, dtype=cfg.model.dtype, attention=cfg.model.attention)
+        prompt: Any = OmegaConf.to_container(cfg.model.prompt, resolve=True)
+        return PromptTemplate(**prompt)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_problems(cfg: DictConfig) -> ProblemSets:
+    """The problems of the ``data`` group. Raises UserError."""
+    try:
+        return build(cfg.data).load()
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def device_of(cfg: DictConfig) -> str:
+    """Where this process keeps the model. Raises UserError if the machine has no such device."""
+    import torch
+
+    if cfg.trainer.accelerator == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=cuda: this machine has no CUDA device; use trainer=cpu")
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+
+
+def prepare(cfg: DictConfig) -> Prepared:
+    """Build what needs no weights. Raises UserError for whatever is wrong with it."""
+    template = check_model_group(cfg)
+    device_of(cfg)
+    return Prepared(load_problems(cfg), template, build(cfg.reward), build(cfg.evaluation))
+
+
+def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
+    """Load the policy and build what needs it."""
+    import torch
+
+    torch.set_num_threads(cfg.trainer.threads)
+    policy: Policy = build(cfg.model, device=device_of(cfg))
+    sampler = build(cfg.sampler, policy.model, policy.tokenizer)
+
+    def encode(problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
+        return prepared.template.encode(policy.tokenizer, problem, concept)
+
+    kept = drop_long(prepared.problems, encode, cfg.model.max_prompt_tokens)
+    return Parts(kept, prepared.template, prepared.reward, prepared.evaluation, policy, sampler, encode)
+
+
+def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:
+    """Problems whose plain prompt has at most ``limit`` tokens; what was dropped is counted in the report."""
+
+    def short(part: list[Problem]) -> list[Problem]:
+        return [p for p in part if len(encode(p, None)) <= limit]
+
+    train, test = short(problems.train), {name: short(part) for name, part in problems.test.items()}
+    dropped = len(problems.train) - len(train) + sum(len(problems.test[n]) - len(test[n]) for n in test)
+    if problems.train and not train:
+        raise UserError(f"model.max_prompt_tokens={limit}: every training prompt is longer; raise it")
+    emptied = [n for n in test if problems.test[n] and not test[n]]
+    if emptied:
+        raise UserError(f"model.max_prompt_tokens={limit}: every prompt of the test set {emptied[0]!r} is longer; raise it")
+    return ProblemSets(train, test, {**problems.report, "dropped_long_prompts": dropped})

@@ -1,0 +1,57 @@
+"""The tracker of a run and the file that its results end in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from core_torl import __version__
+from core_torl.config import UserError
+from core_torl.tracking.wandb_run import Tracker
+
+_PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "hydra-core", "wandb", "math-verify")
+
+
+def is_main_process() -> bool:
+    """False in the further ranks that a launcher started: they train, and nothing else."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
+    """The run's tracker. Group: the configured one, else the sweep's folder, else the chosen options. Tags: overrides too."""
+    logger = cfg.logger
+    group, overrides = logger.group, []
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        overrides = [o for o in hydra.overrides.task if not o.startswith(("paths.", "resume="))]
+        choices = hydra.runtime.choices
+        if group is None and hydra.mode == RunMode.MULTIRUN:
+            group = Path(hydra.sweep.dir).name
+        if group is None:
+            group = "-".join(str(choices[k]) for k in ("variant", "data") if choices.get(k))
+    try:
+        return Tracker(
+            dir=str(output), mode=logger.mode, project=logger.project, entity=logger.entity, group=group, job_type=logger.job_type,
+            # W&B refuses tags of more than 64 characters.
+            tags=[t[:64] for t in [*logger.tags, *overrides]], name=logger.name, run_id=run_id, sample_rows=logger.sample_rows,
+            system_metrics=logger.system_metrics, jsonl_path=str(output / "metrics.jsonl"),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def write_results(path: Path, **sections: Any) -> None:
+    """Write estimates, tables and the environment as JSON, whole or not at all. Estimates become dicts."""
+    environment = {"python": platform.python_version(), "machine": platform.machine(), "core-torl": __version__, **{p: version(p) for p in _PACKAGES}}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({**sections, "environment": environment}, indent=1, default=asdict) + "\n")
+    os.replace(part, path)

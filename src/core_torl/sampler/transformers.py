@@ -1,0 +1,255 @@
+"""Sampling from a transformers model in the trainer's own process: the embedded engine.
+
+The weights are the trainer's own, so there is nothing to copy after an optimizer step. ``engine: cascade`` reads every
+prompt once and keeps its keys and values once for all its answers (see cascade.py); finished answers leave the batch.
+``engine: generate`` is transformers' own ``generate`` with the same draws, for architectures that the cascade does not
+know; ``auto`` tries the cascade against a plain forward on a probe and falls back to it, saying so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from core_torl.sampler.cascade import CascadeCache, cascade
+from core_torl.sampler.draw import draw
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig
+from core_torl.sampler.rows import Rows, pack
+from core_torl.trajectory import Sample
+
+log = logging.getLogger(__name__)
+_SHRINK = 0.75  # pack again once this share of the places, or less, is needed
+
+
+class TransformersSampler:
+    """See core_torl.sampler.protocol for what a sampler promises.
+
+    ``max_rows`` bounds how many answers grow side by side (memory). ``eos_ids`` end an answer; None takes them from the
+    model's generation config and the tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        engine: str = "auto",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_new_tokens: int = 64,
+        max_rows: int = 512,
+        stop: Sequence[str] = (),
+        eos_ids: Sequence[int] | None = None,
+    ) -> None:
+        if engine not in ("auto", "cascade", "generate"):
+            raise ValueError(f"sampler.engine={engine!r}: use auto, cascade or generate")
+        if max_rows < 1:
+            raise ValueError(f"sampler.max_rows={max_rows}: must be at least 1")
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.sampling = SamplingConfig(max_new_tokens, temperature, top_p, top_k, min_p, stop=tuple(stop))
+        self.eos_ids = sorted(set(eos_ids) if eos_ids is not None else find_eos_ids(model, tokenizer))
+        self.version = "0"
+        self._engine = engine
+        self._proved: str | None = None if engine == "auto" else engine
+
+    @property
+    def engine(self) -> str:
+        """The engine in use: ``cascade`` or ``generate``; probes the model on first use if set to auto."""
+        if self._proved is None:
+            problem = self._probe()
+            self._proved = "generate" if problem else "cascade"
+            if problem:
+                log.warning("sampler: the cascade does not fit this model (%s); using transformers' generate", problem)
+        return self._proved
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
+        sampling = sampling or self.sampling
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for i, request in enumerate(requests):
+            if not request.prompt_ids or request.n < 1:
+                raise ValueError(f"sampler: request {i} has an empty prompt or n < 1")
+            if limit and len(request.prompt_ids) + sampling.max_new_tokens > limit:
+                raise ValueError(
+                    f"sampler: prompt {i} has {len(request.prompt_ids)} tokens; with max_new_tokens={sampling.max_new_tokens} "
+                    f"it exceeds the model's {limit} positions: lower sampler.max_new_tokens or drop long prompts"
+                )
+        run = self._cascade if self.engine == "cascade" else self._generate
+        samples: list[list[Sample]] = []
+        with self._evaluating():
+            for part in self._parts(requests):
+                samples += run(part, sampling)
+        return samples
+
+    def _parts(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
+        """Cut the requests so that no part has more than ``max_rows`` rows, if a single request does not have more."""
+        part: list[SampleRequest] = []
+        for request in requests:
+            if part and sum(r.n for r in part) + request.n > self.max_rows:
+                yield part
+                part = []
+            part.append(request)
+        if part:
+            yield part
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Dropout off and no graph, whatever the trainer has set; put back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _prompts(self, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded prompts, their mask and their positions, each [requests, longest prompt]."""
+        device, longest = self.model.device, max(len(r.prompt_ids) for r in requests)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests], device=device)
+        length = torch.tensor([len(r.prompt_ids) for r in requests], device=device)[:, None]
+        mask = torch.arange(longest, device=device)[None, :] >= longest - length
+        return ids, mask, (mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+    def _cascade(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
+        device = self.model.device
+        rows = Rows(requests, sampling, self.tokenizer, self.eos_ids)
+        ids, mask, positions = self._prompts(requests)
+        cache = CascadeCache()
+        logits = self.model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]  # [requests, vocabulary]
+        cache.start_decoding(mask)
+        packing = pack(rows.active(), max(r.n for r in requests))
+        cache.arrange(packing.blocks.to(device), packing.places.to(device), packing.per_block)
+        logits = logits[packing.blocks.to(device)].repeat_interleave(packing.per_block, dim=0)  # [places, vocabulary]
+        prompt_length = torch.tensor([len(r.prompt_ids) for r in requests])
+        with cascade(self.model, cache):
+            for step in range(sampling.max_new_tokens):
+                token, live, packing, logits = self._draw_and_pack(rows, packing, logits, sampling, step, cache)
+                if not live or step + 1 == sampling.max_new_tokens:
+                    break
+                position = prompt_length[rows.request_of_row[packing.places]] + step
+                logits = self.model(
+                    input_ids=token.to(device)[:, None], position_ids=position.to(device)[:, None], past_key_values=cache, use_cache=True
+                ).logits[:, -1]
+        return rows.samples(requests, self.version)
+
+    def _draw_and_pack(self, rows: Rows, packing: Any, logits: Tensor, sampling: SamplingConfig, step: int, cache: CascadeCache) -> Any:
+        """Draw a token for each place, record the living ones, and drop finished rows once enough have finished."""
+        if step < sampling.min_new_tokens:
+            logits = logits.index_fill(-1, rows.eos_ids.to(logits.device), -torch.inf)
+        token, logprob = (x.cpu() for x in draw(logits, sampling, rows.numbers[packing.places, step]))
+        alive = packing.live
+        ended = rows.record(packing.places[alive], token[alive], logprob[alive], step)
+        if not ended.any():
+            return token, True, packing, logits
+        packing.live[alive.nonzero().flatten()[ended]] = False
+        remaining = int(packing.live.sum())
+        if remaining and remaining <= _SHRINK * len(packing.places):
+            place_of_row = {int(r): p for p, r in enumerate(packing.places.tolist()) if packing.live[p]}
+            block_of_request: dict[int, int] = {int(r): b for b, r in enumerate(packing.blocks.tolist())}
+            new = pack(rows.active(), packing.per_block)
+            kept = torch.tensor([place_of_row[r] for r in new.places.tolist()])
+            blocks = torch.tensor([block_of_request[r] for r in new.blocks.tolist()])
+            device = logits.device
+            cache.arrange(blocks.to(device), kept.to(device), new.per_block)
+            packing, token, logits = new, token[kept], logits[kept.to(device)]
+        return token, remaining > 0, packing, logits
+
+    def _generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
+        rows = Rows(requests, sampling, self.tokenizer, self.eos_ids)
+        ids, mask, _ = self._prompts(requests)
+        index = rows.request_of_row.to(ids.device)
+        picker = _Picker(rows, sampling)
+        self.model.generate(  # type: ignore[operator]
+            input_ids=ids[index], attention_mask=mask[index].long(), max_new_tokens=sampling.max_new_tokens, do_sample=False,
+            temperature=None, top_p=None, top_k=None, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id or 0,
+            logits_processor=LogitsProcessorList([picker]), stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
+        )  # fmt: skip
+        return rows.samples(requests, self.version)
+
+    def _probe(self) -> str | None:
+        """Why the cascade does not fit this model, or None if it gives the logits of a plain forward."""
+        config = self.model.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            return f"its layers are {sorted(kinds)}"
+        vocabulary = int(config.vocab_size)
+        prompts = [tuple((7 * i + 3 * j) % vocabulary for i in range(5 + j)) for j in range(2)]
+        greedy = SamplingConfig(max_new_tokens=3, temperature=0.0, min_new_tokens=3)
+        with self._evaluating():
+            try:
+                samples = self._cascade([SampleRequest(p, 2, 0) for p in prompts], greedy)
+            except (NotImplementedError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError) as error:
+                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
+            for prompt, group in zip(prompts, samples, strict=True):
+                for sample in group:
+                    ids = torch.tensor([prompt + sample.token_ids], device=self.model.device)
+                    logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+                    logits[:, self.eos_ids] = -torch.inf  # min_new_tokens forbade them in the probe as well
+                    logprobs = logits.log_softmax(-1)
+                    expected = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
+                    gap = float((expected - torch.tensor(sample.logprobs)).abs().max())
+                    if not gap < tolerance:
+                        return f"its log-probs differ from a plain forward by {gap:.2g}"
+        return None
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """The weights are shared with the trainer and no cache outlives a call: only the version changes."""
+        del named_tensors
+        self.version = version
+
+    def sleep(self) -> None:
+        """Nothing is held between calls."""
+
+    def wake(self) -> None:
+        """Nothing is held between calls."""
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+class _Picker(LogitsProcessor):
+    """Makes ``generate`` take the very token that our own draw chooses, and records it."""
+
+    def __init__(self, rows: Rows, sampling: SamplingConfig) -> None:
+        self.rows, self.sampling, self.step = rows, sampling, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.step < self.sampling.min_new_tokens:
+            scores = scores.index_fill(-1, self.rows.eos_ids.to(scores.device), -torch.inf)
+        token, logprob = draw(scores, self.sampling, self.rows.numbers[:, self.step])
+        open_rows = (~self.rows.done).nonzero().flatten()
+        self.rows.record(open_rows, token.cpu()[open_rows], logprob.cpu()[open_rows], self.step)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
+
+
+class _AllDone(StoppingCriteria):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), bool(self.rows.done.all()), device=input_ids.device)
+
+
+def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every id that ends an answer, as the model's generation config and the tokenizer name them."""
+    generation = getattr(model, "generation_config", None)
+    named = getattr(generation, "eos_token_id", None)
+    ids = set(named if isinstance(named, list) else [] if named is None else [named])
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    if not ids:
+        raise ValueError("model: neither the generation config nor the tokenizer names an end-of-sequence token")
+    return ids

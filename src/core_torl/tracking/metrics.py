@@ -1,0 +1,125 @@
+"""Every logged number, with its unit and its meaning: the one place where a metric gets its name.
+
+A misspelt name opens a second, empty curve and nobody notices, so names are checked where they are logged. A name may
+hold ``{fields}``: one field stands for one segment between slashes, ``reward/outcome/{outcome}`` covers
+``reward/outcome/correct``. Shares run from 0 to 1; log-probs are natural logarithms, so their unit is the nat.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+STEP = "train/rl_step"  # the horizontal axis of every curve
+SHARE, COUNT, NAT, SECOND = "share", "count", "nat", "s"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One logged number: its name (perhaps with ``{fields}``), its unit, and what it says."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        """True if ``name`` is this metric or a member of its family."""
+        pattern = re.sub(r"\\\{\w+\\\}", r"[^/]+", re.escape(self.name))
+        return re.fullmatch(pattern, name) is not None
+
+    def nearest(self, name: str) -> str:
+        """This metric's name with its fields filled from the segments of ``name``, where the two have equally many."""
+        own, other = self.name.split("/"), name.split("/")
+        if len(own) != len(other):
+            return self.name
+        return "/".join(b if a.startswith("{") and b else a for a, b in zip(own, other, strict=True))
+
+
+_TRAIN = (
+    Metric(STEP, COUNT, "finished RL steps; one step samples, rewards and learns once"),
+    Metric("train/samples", COUNT, "trajectories sampled since the start of the run, all ranks"),
+    Metric("train/sampled_tokens", "tokens", "tokens sampled by the policy since the start of the run, all ranks"),
+    Metric("train/optimizer_steps", COUNT, "optimizer steps since the start of the run"),
+    Metric("train/epoch", "passes", "passes over the training prompts, with a fraction"),
+)
+_REWARD = (
+    Metric("reward/mean", "reward", "mean reward of the trajectories that could be judged"),
+    Metric("reward/accuracy", SHARE, "judged trajectories whose answer is right"),
+    Metric("reward/excluded", SHARE, "trajectories that could not be judged and so leave the loss"),
+    Metric("reward/outcome/{outcome}", SHARE, "trajectories that ended with this outcome"),
+    Metric("group/all_wrong", SHARE, "groups in which every judged trajectory is wrong"),
+    Metric("group/all_right", SHARE, "groups in which every judged trajectory is right"),
+    Metric("group/zero_variance", SHARE, "groups whose rewards are all equal: they teach nothing"),
+)
+_ROLLOUT = (
+    Metric("rollout/length_mean", "tokens", "mean length of an answer"),
+    Metric("rollout/length_max", "tokens", "longest answer of the step"),
+    Metric("rollout/truncated", SHARE, "answers cut by the token limit"),
+    Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens over the wall time of sampling"),
+)
+_LOSS = (
+    Metric("loss/policy", NAT, "policy loss, its sign turned so that lower is better"),
+    Metric("loss/total", NAT, "what the optimizer descends: policy, reference and auxiliary terms together"),
+    Metric("loss/reference_kl", NAT, "penalty for leaving the reference policy, weight included"),
+    Metric("loss/auxiliary", NAT, "what the variant adds, weight included"),
+)
+_POLICY = (
+    Metric("policy/entropy", "nat/token", "mean entropy of the next-token distribution over trained tokens"),
+    Metric("policy/ratio_mean", "ratio", "mean importance ratio, current over old policy"),
+    Metric("policy/ratio_max", "ratio", "largest importance ratio of the step"),
+    Metric("policy/clip_fraction", SHARE, "trained tokens whose gradient the clip removes"),
+    Metric("policy/old_kl", "nat/token", "KL divergence of the old from the current policy, k3 estimate"),
+    Metric("policy/sampler_logprob_gap_max", NAT, "largest |log-prob of sampler - log-prob of trainer| at one weight"),
+    Metric("policy/sampler_logprob_gap_mean", NAT, "mean |log-prob of sampler - log-prob of trainer| at one weight"),
+    Metric("policy/grad_norm", "norm", "L2 norm of the gradient before it is clipped"),
+    Metric("policy/lr", "1", "learning rate of the last optimizer step"),
+)
+_TIME = (
+    Metric("time/step_s", SECOND, "wall time of the whole RL step"),
+    Metric("time/sample_s", SECOND, "wall time of sampling, tools included"),
+    Metric("time/reward_s", SECOND, "wall time of rewarding"),
+    Metric("time/learn_s", SECOND, "wall time of the forward, backward and optimizer passes"),
+)
+_EVAL_MEASURES = (
+    ("accuracy", SHARE, "answers that are right; one that could not be judged counts as not right"),
+    ("robust_accuracy", SHARE, "quizzes answered rightly in every order of their options"),
+    ("mean_over_orders", SHARE, "right answers, averaged over the orders of the options"),
+    ("independence_reference", SHARE, "robust accuracy to expect if the orders were answered independently"),
+    ("consistency", SHARE, "quizzes whose chosen option text is the same in every order"),
+    ("accuracy_low", SHARE, "lower end of the interval of accuracy"),
+    ("accuracy_high", SHARE, "upper end of the interval of accuracy"),
+    ("robust_accuracy_low", SHARE, "lower end of the interval of robust accuracy"),
+    ("robust_accuracy_high", SHARE, "upper end of the interval of robust accuracy"),
+    ("n", COUNT, "problems evaluated"),
+    ("unparsed", SHARE, "answers from which nothing could be read"),
+    ("truncated", SHARE, "answers cut by the token limit"),
+    ("excluded", SHARE, "answers that could not be judged (timeouts, errors)"),
+)
+_EVAL = tuple(Metric(f"eval/{{set}}/{{protocol}}/{measure}", unit, text) for measure, unit, text in _EVAL_MEASURES)
+
+METRICS: dict[str, Metric] = {m.name: m for m in (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_TIME, *_EVAL)}
+
+
+def find(name: str) -> Metric | None:
+    """The metric or family that ``name`` belongs to; None if there is none."""
+    exact = METRICS.get(name) if "{" not in name else None
+    return exact or next((m for m in METRICS.values() if "{" in m.name and m.matches(name)), None)
+
+
+def check_names(metrics: Mapping[str, object]) -> None:
+    """Raise a one-line ValueError for the first name that is no metric; it names the nearest one that is."""
+    for name in metrics:
+        if find(name) is None:
+            near = difflib.get_close_matches(name, [m.nearest(name) for m in METRICS.values()], n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown metric {name!r}; the nearest known name is {near[0]!r} (see tracking/metrics.py)"
+            )
+
+
+def glossary_markdown() -> str:
+    """All metrics as a Markdown table with the columns metric, unit, meaning."""
+    # A bare bar would open a new column.
+    rows = [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for m in METRICS.values()]
+    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"

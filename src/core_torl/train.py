@@ -1,0 +1,31 @@
+"""``core-torl-train``: reinforcement learning of one policy, evaluated before and after.
+
+The front door only puts parts together and writes down what came of it. Nothing heavy is imported before the config is
+known to be sound, so ``--help``, ``--cfg job`` and tab completion answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from core_torl.config.app import run_app
+
+
+def task(cfg: DictConfig) -> Any:
+    """One training run; returns the headline number for a sweeper to optimize (the mean of the after-training accuracies)."""
+    from core_torl.config.checks import check_train
+
+    check_train(cfg)
+    from core_torl.runs.training import dry_run, train
+
+    return dry_run(cfg) if cfg.dry_run else train(cfg)
+
+
+def main() -> None:
+    run_app("train", task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""The one training step: sample, reward, intervene, weigh, learn.
+
+    groups = self.sample(problems)          # N trajectories a problem
+    self.reward(groups)                     # named parts, policy-written text only
+    groups = self.intervene(groups)         # identity, unless a variant coaches
+    batch  = self.weigh(groups)             # advantages -> TokenBatch
+    self.learn(batch)                       # minibatches: policy loss + auxiliary loss, clip, step
+
+A variant overrides ``intervene`` and ``auxiliary_loss``, nothing else. One Lightning batch is one RL step with manual
+optimization; every random number of a step comes from (seed, step, rank), so a run that was killed and resumed
+continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from core_torl.config.errors import UserError
+from core_torl.data.stream import PromptStream, StepIndices
+from core_torl.model.load import Policy
+from core_torl.objective.logprobs import answer_logprobs
+from core_torl.objective.token_batch import TokenBatch
+from core_torl.problem import Concept, Problem
+from core_torl.sampler.protocol import SampleRequest, Sampler
+from core_torl.trajectory import Group, Sample, Trajectory
+from core_torl.variant.step_metrics import StepMetrics, group_metrics
+
+Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
+
+
+def stream_seed(*parts: int | str) -> int:
+    """A 62-bit seed for one named random stream; equal parts give equal seeds on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 2
+
+
+class PolicyGradient(pl.LightningModule):
+    """GRPO on problems with verifiable answers; the base of every variant.
+
+    The keyword arguments of the second line come from the program, those after them from ``conf/variant``; their
+    meaning stands there. ``fingerprint`` goes into checkpoints, to refuse one that another configuration wrote.
+    """
+
+    #: Whether every training problem must have a concept.
+    needs_concepts = False
+
+    def __init__(
+        self,
+        *,
+        policy: Policy, sampler: Sampler, reward_function: Any, objective: Any, problems: Sequence[Problem], encode: Encode,
+        rl_steps: int, group_size: int, prompts_per_step: int, seed: int, temperature: float, fingerprint: dict[str, Any],
+        lr: float = 1e-6,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        grad_clip: float = 1.0,
+        minibatch_size: int | None = None,
+        microbatch_size: int = 64,
+        update_epochs: int = 1,
+        skip_zero_advantage: bool = True,
+        first_step_gap: float | None = 1e-4,
+        max_excluded: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = policy.model.train()
+        # Plain objects, kept out of the module tree so that they stay out of checkpoints and of DDP.
+        self._parts = {"policy": policy, "sampler": sampler, "reward": reward_function, "objective": objective}
+        object.__setattr__(self, "_frozen", policy.frozen_copy() if objective.needs_reference else None)
+        self.problems, self.encode, self.seed = list(problems), encode, seed
+        self.rl_steps, self.group_size, self.temperature = rl_steps, group_size, temperature
+        self.stream = PromptStream(len(self.problems), prompts_per_step, seed)
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
+        self.warmup_steps, self.grad_clip, self.update_epochs = warmup_steps, grad_clip, update_epochs
+        self.minibatch_size = minibatch_size or group_size * prompts_per_step
+        self.microbatch_size, self.skip_zero_advantage = microbatch_size, skip_zero_advantage
+        self.first_step_gap, self.max_excluded = first_step_gap, max_excluded
+        self.fingerprint = fingerprint
+        self.rl_step = 0  # completed RL steps
+        self.samples_seen = self.tokens_seen = self.updates = 0
+        self.last_metrics: dict[str, float] = {}
+        self.last_groups: list[Group] = []
+        if self.needs_concepts and any(p.concept is None for p in self.problems):
+            missing = next(p for p in self.problems if p.concept is None)
+            raise UserError(f"variant: problem {missing.uid} has no concept, which this variant needs; use data with concepts")
+
+    # ---- the algorithm -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        step = int(batch)
+        if step != self.rl_step:
+            raise RuntimeError(f"the loader is at RL step {step}, the policy at {self.rl_step}")
+        torch.manual_seed(stream_seed(self.seed, "step", step, self.global_rank) % 2**63)
+        self._now = StepMetrics()
+        with self._now.timed("time/sample_s"):
+            groups = self.sample(self._problems_of(step))
+        with self._now.timed("time/reward_s"):
+            self.reward(groups)
+        self._now.update(group_metrics(groups))
+        self._now.per_second("rollout/tokens_per_s", sum(len(t.token_ids) for g in groups for t in g.trajectories), "time/sample_s")
+        groups = self.intervene(groups)
+        token_batch = self.weigh(groups)
+        with self._now.timed("time/learn_s"):
+            self.learn(token_batch)
+        self.rl_step = step + 1
+        self._report(groups)
+
+    def sample(self, problems: Sequence[Problem]) -> list[Group]:
+        """N trajectories for each problem, under the plain prompt."""
+        requests = [
+            SampleRequest(self.encode(p, None), self.group_size, stream_seed(self.seed, "sample", self.rl_step, p.uid, i))
+            for i, p in enumerate(problems)
+        ]
+        groups = self.sampler.generate(requests)
+        return [
+            Group(p, [self.trajectory(p, r.prompt_ids, s) for s in samples])
+            for p, r, samples in zip(problems, requests, groups, strict=True)
+        ]
+
+    def trajectory(self, problem: Problem, prompt_ids: tuple[int, ...], sample: Sample) -> Trajectory:
+        """A sampled answer as a trajectory; every token of it was drawn by the policy."""
+        text = self.policy.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
+        return Trajectory(problem, prompt_ids, sample, str(text), (True,) * len(sample.token_ids))
+
+    def reward(self, groups: Sequence[Group]) -> None:
+        """Score every trajectory in place. Raises RuntimeError when too many could not be judged."""
+        flat = [t for g in groups for t in g.trajectories]
+        for trajectory, score in zip(flat, self._parts["reward"].score(flat), strict=True):
+            trajectory.score = score
+        excluded = sum(t.score is None or t.score.value is None for t in flat) / len(flat)
+        if excluded > self.max_excluded:
+            raise RuntimeError(
+                f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged (variant.max_excluded="
+                f"{self.max_excluded}): look at reward/outcome/*, mend the reward or raise reward.timeout_s"
+            )
+
+    def intervene(self, groups: list[Group]) -> list[Group]:
+        """What a coach changes after a failure. Here: nothing."""
+        return groups
+
+    def weigh(self, groups: Sequence[Group]) -> TokenBatch:
+        """Group advantages, and everything padded into one batch of token ids."""
+        scores = [[t.score.value if t.score else None for t in g.trajectories] for g in groups]
+        values = torch.tensor([[float("nan") if v is None else v for v in row] for row in scores])
+        valid = ~values.isnan()
+        advantages = self.objective.advantages(values, valid).flatten()
+        flat = [t for g in groups for t in g.trajectories]
+        masks = [t.train_mask if ok else (False,) * len(t.train_mask) for t, ok in zip(flat, valid.flatten().tolist(), strict=True)]
+        return TokenBatch.build(
+            [t.prompt_ids for t in flat], [t.token_ids for t in flat], [t.sample.logprobs for t in flat], masks, advantages,
+            self.policy.pad_id, self.device,
+        )  # fmt: skip
+
+    def auxiliary_loss(self, batch: TokenBatch, rows: Tensor) -> Tensor | None:
+        """A variant's own loss for the rows of one optimizer step, already scaled; None if it has none."""
+        return None
+
+    def learn(self, batch: TokenBatch) -> None:
+        """Optimizer steps over the batch, ``minibatch_size`` trajectories each, ``update_epochs`` times."""
+        share = self.minibatch_size // self._ranks
+        cuts = [torch.arange(s, min(s + share, batch.rows), device=self.device) for s in range(0, batch.rows, share)]
+        self.model.train()
+        if self.objective.needs_reference:
+            with self.policy.reference(self._frozen) as reference:
+                batch.reference_logprobs = self._forward_only(reference, batch)
+        if len(cuts) * self.update_epochs > 1:
+            # The policy moves between the optimizer steps: keep where it stood before the first one.
+            batch.old_logprobs = self._forward_only(self.model, batch)
+            self._compare_with_sampler(batch.old_logprobs, batch)
+        for _ in range(self.update_epochs):
+            for rows in cuts:
+                self._optimizer_step(batch, rows)
+
+    # ---- one optimizer step --------------------------------------------------------------------------------------
+
+    def _optimizer_step(self, batch: TokenBatch, rows: Tensor) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad(set_to_none=False)
+        denominator = self._sum_over_ranks(self.objective.denominator(batch.train_mask[rows])).clamp(min=1)
+        with self._own_gradient_sync():
+            for part in self._microbatches(batch, rows):
+                logprobs, entropies = answer_logprobs(self.model, part, self.temperature, self.objective.needs_entropy)
+                if batch.old_logprobs is None:
+                    self._compare_with_sampler(logprobs.detach(), part)
+                loss = self.objective.loss(logprobs, entropies, part, denominator)
+                self.manual_backward(loss.total)
+                self._now.add_loss(loss, entropies, part.train_mask)
+            auxiliary = self.auxiliary_loss(batch, rows)
+            if auxiliary is not None:
+                self.manual_backward(auxiliary)
+                self._now.add("loss/auxiliary", float(auxiliary.detach()))
+        if self._ranks > 1:
+            for parameter in self._trained():
+                assert parameter.grad is not None
+                torch.distributed.all_reduce(parameter.grad)
+        norm = self._clip()
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"RL step {self.rl_step}: the gradient norm is {norm.item()}; lower variant.lr")
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+        optimizer.step()
+        self.updates += 1
+        self.sampler.sync(self.model.named_parameters(), str(self.updates))
+        self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
+
+    def _microbatches(self, batch: TokenBatch, rows: Tensor) -> Iterator[TokenBatch]:
+        """The rows of one optimizer step in memory-sized parts of like length; rows without any gradient are left out."""
+        useful = batch.train_mask[rows].any(dim=1)
+        if self.skip_zero_advantage and not (self.objective.needs_reference or self.objective.needs_entropy):
+            useful &= batch.advantages[rows] != 0
+        rows = rows[useful]
+        rows = rows[batch.attention_mask[rows].sum(dim=1).argsort(stable=True)]
+        for start in range(0, len(rows), self.microbatch_size):
+            yield batch.select(rows[start : start + self.microbatch_size])
+
+    @torch.no_grad()
+    def _forward_only(self, model: Any, batch: TokenBatch) -> Tensor:
+        """Log-probs of all answers under ``model``: [rows, answer length]; zeros right of each row's answer."""
+        result = torch.zeros_like(batch.sampled_logprobs)
+        for start in range(0, batch.rows, self.microbatch_size):
+            part = batch.select(slice(start, start + self.microbatch_size))
+            logprobs, _ = answer_logprobs(model, part, self.temperature)
+            result[start : start + part.rows, : part.answer_length] = logprobs
+        return result
+
+    def _compare_with_sampler(self, logprobs: Tensor, part: TokenBatch) -> None:
+        """The log-prob gap between trainer and sampler on trained tokens: logged always, checked on the first step."""
+        gap = torch.where(part.train_mask, (logprobs - part.sampled_logprobs).abs(), 0.0)
+        largest = float(gap.max())
+        self._now.add_gap(largest, float(gap.sum()), int(part.train_mask.sum()))
+        limit = self.first_step_gap
+        if limit is not None and self.rl_step == 0 and self.updates == 0 and not largest <= limit:
+            raise RuntimeError(
+                f"first-step check: sampler and trainer disagree by {largest:.2e} in a token's log-prob (limit "
+                f"variant.first_step_gap={limit}): they do not run the same weights, temperature or precision"
+            )
+
+    def _clip(self) -> Tensor:
+        limit = self.grad_clip if self.grad_clip > 0 else float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._trained(), limit)
+
+    def _own_gradient_sync(self) -> Any:
+        """Ranks may have different numbers of parts, so gradients are summed by us, once, not by DDP on each backward."""
+        return self.trainer.strategy.block_backward_sync() if self._ranks > 1 else nullcontext()  # type: ignore[attr-defined]
+
+    # ---- small parts ---------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        return self._parts["policy"]
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._parts["sampler"]
+
+    @property
+    def objective(self) -> Any:
+        return self._parts["objective"]
+
+    @property
+    def _ranks(self) -> int:
+        return self.trainer.world_size
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _problems_of(self, step: int) -> list[Problem]:
+        """This rank's share of the step's problems."""
+        mine = self.stream.at(step)[self.global_rank :: self._ranks]
+        return [self.problems[i] for i in mine]
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self._ranks > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def _report(self, groups: list[Group]) -> None:
+        flat = [t for g in groups for t in g.trajectories]
+        totals = torch.tensor([len(flat), sum(sum(t.train_mask) for t in flat)], dtype=torch.float64, device=self.device)
+        samples, tokens = self._sum_over_ranks(totals).tolist()
+        self.samples_seen += int(samples)
+        self.tokens_seen += int(tokens)
+        self.last_groups = groups
+        self.last_metrics = self._now.finish(self._ranks, self.device) | {
+            "train/rl_step": self.rl_step,
+            "train/samples": self.samples_seen,
+            "train/sampled_tokens": self.tokens_seen,
+            "train/optimizer_steps": self.updates,
+            "train/epoch": self.stream.epoch(self.rl_step),
+        }
+        if self.logger is not None:
+            self.logger.log_metrics(self.last_metrics, step=self.rl_step)
+
+    # ---- Lightning -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self._trained(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+    def train_dataloader(self) -> Any:
+        return StepIndices(self.rl_step, self.rl_steps)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights, or only the adapters when training through LoRA."""
+        return {f"model.{name}": tensor for name, tensor in self.policy.trainable_state().items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.policy.load_state({name.removeprefix("model."): tensor for name, tensor in state_dict.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["core_torl"] = {
+            "rl_step": self.rl_step, "samples": self.samples_seen, "tokens": self.tokens_seen, "updates": self.updates,
+            "fingerprint": self.fingerprint, "run_id": str(self.logger.version) if self.logger else None,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["core_torl"]
+        self.rl_step, self.updates = state["rl_step"], state["updates"]
+        self.samples_seen, self.tokens_seen = state["samples"], state["tokens"]
+        # Lightning would take a checkpoint of a finished epoch for the end of all training and run no further step.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
+        self.sampler.sync(self.model.named_parameters(), str(self.updates))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.last_metrics["time/step_s"] = time.perf_counter() - self._started
