@@ -14,7 +14,7 @@ from core_torl.config.app import run_app
 
 
 def task(cfg: DictConfig) -> Any:
-    """One training run; returns the headline number for a sweeper to optimize (the mean of the after-training accuracies)."""
+    """One training run; returns the headline number for a sweeper (the mean of the after-training accuracies)."""
     from core_torl.config.checks import check_train
 
     check_train(cfg)

@@ -17,8 +17,10 @@ from core_torl.config.errors import UserError, nearest
 def check_train(cfg: DictConfig) -> None:
     """Everything that can be said about a training config without loading anything."""
     check_keys(cfg)
-    _positive(cfg, "rl_steps", "group_size", "prompts_per_step", "variant.microbatch_size", "variant.update_epochs", "trainer.threads", "trainer.devices", "trainer.num_nodes")  # fmt: skip
-    _not_negative(cfg, "evaluate_every", "callbacks.checkpoint_every", "callbacks.samples_every", "variant.warmup_steps", "variant.lr", "variant.weight_decay", "variant.grad_clip", "model.lora.rank")  # fmt: skip
+    _positive(cfg, "rl_steps", "group_size", "prompts_per_step", "variant.microbatch_size", "variant.update_epochs")
+    _positive(cfg, "trainer.threads", "trainer.devices", "trainer.num_nodes")
+    _not_negative(cfg, "evaluate_every", "callbacks.checkpoint_every", "callbacks.samples_every", "model.lora.rank")
+    _not_negative(cfg, "variant.warmup_steps", "variant.lr", "variant.weight_decay", "variant.grad_clip")
     if cfg.callbacks.checkpoint_keep < 1:
         raise UserError(f"callbacks.checkpoint_keep={cfg.callbacks.checkpoint_keep}: must be at least 1")
     if cfg.group_size < 2:
@@ -42,7 +44,8 @@ def check_evaluate(cfg: DictConfig) -> None:
 def check_warm_start(cfg: DictConfig) -> None:
     """The same for a warm start."""
     check_keys(cfg)
-    _positive(cfg, "batch_size", "drill_batch_size", "steps", "layers", "width", "heads", "mlp", "threads", "lr", "evaluate_per_concept")
+    _positive(cfg, "batch_size", "drill_batch_size", "steps", "threads", "lr", "evaluate_per_concept")
+    _positive(cfg, "layers", "width", "heads", "mlp")
     _not_negative(cfg, "drill_steps", "drill_until", "warmup_steps", "boxed_weight")
     if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
         raise UserError(f"width={cfg.width}, heads={cfg.heads}: width / heads must be an even number")
@@ -71,39 +74,49 @@ def check_minibatch(cfg: DictConfig) -> None:
     """Optimizer steps must divide the trajectories of an RL step, and ranks must divide both."""
     total, ranks = cfg.group_size * cfg.prompts_per_step, cfg.trainer.devices * cfg.trainer.num_nodes
     if cfg.prompts_per_step % ranks:
-        raise UserError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of the {ranks} processes (trainer.devices * trainer.num_nodes)")
+        raise UserError(
+            f"prompts_per_step={cfg.prompts_per_step} must be a multiple of the {ranks} processes "
+            f"(trainer.devices * trainer.num_nodes)"
+        )
     size = cfg.variant.minibatch_size
     if size is not None and (size < 1 or total % size or size % ranks):
         fits = [d for d in range(1, total + 1) if total % d == 0 and d % ranks == 0]
         close = min(fits, key=lambda d: abs(d - size))
         raise UserError(
             f"variant.minibatch_size={size} does not divide group_size * prompts_per_step = {cfg.group_size} * "
-            f"{cfg.prompts_per_step} = {total} evenly over {ranks} process(es): use {close}, or null for one update a step"
+            f"{cfg.prompts_per_step} = {total} evenly over {ranks} process(es): use {close}, or null for one update "
+            f"a step"
         )
 
 
 def check_truncated_sampling(cfg: DictConfig) -> None:
-    """A truncated distribution is renormalized by the sampler and not by the trainer: the importance ratio would lie."""
+    """A truncated distribution is renormalized by the sampler and not by the trainer: importance ratios would lie."""
     sampler = cfg.sampler
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if key in sampler and sampler[key] != off:
             raise UserError(
-                f"sampler.{key}={sampler[key]} in training: the sampler renormalizes what is left and the trainer does not, so "
-                f"importance ratios would be wrong; set sampler.{key}={off} and use sampler.temperature"
+                f"sampler.{key}={sampler[key]} in training: the sampler renormalizes what is left and the trainer does "
+                f"not, so importance ratios would be wrong; set sampler.{key}={off} and use sampler.temperature"
             )
     if sampler.get("temperature", 1.0) <= 0:
-        raise UserError(f"sampler.temperature={sampler.temperature}: training needs a positive temperature; greedy groups are all alike")
+        raise UserError(
+            f"sampler.temperature={sampler.temperature}: training needs a positive temperature; the answers of a "
+            f"greedy group are all alike"
+        )
 
 
 def check_replaced(cfg: DictConfig) -> None:
-    """K < N: a group must keep answers of its own beside the replaced ones (CORE, section 3). For variants that replace."""
+    """K < N: a group must keep answers of its own beside the replaced ones (CORE, section 3)."""
     replaced = cfg.variant.get("replaced")
     if replaced is not None and not 0 < replaced < cfg.group_size:
-        raise UserError(f"variant.replaced={replaced} (K) must lie in 1..{cfg.group_size - 1}, below group_size={cfg.group_size} (N)")
+        raise UserError(
+            f"variant.replaced={replaced} (K) must lie in 1..{cfg.group_size - 1}, "
+            f"below group_size={cfg.group_size} (N)"
+        )
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Refuse keys added with ``+`` that no dataclass knows, values left at ``???``, and interpolations that lead nowhere."""
+    """Refuse keys added with ``+`` that no dataclass knows, values left at ``???``, broken interpolations."""
     for path, node in _mappings(cfg, ""):
         kind = OmegaConf.get_type(node)
         if dataclasses.is_dataclass(kind):
@@ -111,7 +124,10 @@ def check_keys(cfg: DictConfig) -> None:
             for key in node:
                 if key not in known:
                     full = f"{path}{key}"
-                    raise UserError(f"unknown key {full!r}: nothing reads it.{nearest(str(key), known)}")
+                    hint = nearest(full, {f"{path}{name}" for name in known})
+                    raise UserError(f"unknown key {full!r}: nothing reads it.{hint}")
+            for name in sorted(known - {str(key) for key in node}):
+                raise UserError(f"{path}{name} was removed, and is needed: give it a value")
         for key in node:
             try:
                 node[key]

@@ -1,7 +1,8 @@
 """What may stand in each config group, with its type. The YAML files hold the values and say what each key means.
 
 Hydra merges a group's YAML into its dataclass, so an unknown key or a wrong type fails while the config is composed,
-before anything heavy is imported. tests/config/test_schema.py holds each dataclass against the constructor that reads it.
+before anything heavy is imported. tests/config/test_schema.py holds each dataclass against the constructor that reads
+it.
 """
 
 from __future__ import annotations
@@ -176,7 +177,6 @@ class PathsConfig:
 class _Shared:
     """Groups that every front door of a policy needs."""
 
-    seed: int = MISSING
     trusted_targets: list[str] = MISSING
     reward: Any = MISSING
     sampler: Any = MISSING
@@ -190,6 +190,7 @@ class _Shared:
 
 @dataclass
 class TrainConfig(_Shared):
+    seed: int = MISSING
     rl_steps: int = MISSING
     group_size: int = MISSING
     prompts_per_step: int = MISSING
@@ -257,5 +258,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    known = store.repo.get("schema", {})
     for name, node in SCHEMAS.items():
-        store.store(group="schema", name=name, node=node, provider="core_torl")
+        if f"{name}.yaml" not in known:
+            store.store(group="schema", name=name, node=node, provider="core_torl")

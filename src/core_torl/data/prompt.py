@@ -15,7 +15,7 @@ from core_torl.problem import LETTERS, Concept, Problem
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Format strings; ``{question}``, ``{options}``, ``{concept}`` and ``{last}`` (the last option letter) are filled in.
+    """Format strings; ``{question}``, ``{options}``, ``{concept}`` and ``{last}`` (the last letter) are filled in.
 
     ``choice`` and ``open`` are the whole user text of a choice and of an open question; both must hold ``{concept}``
     where the concept goes, which is empty in a plain prompt. ``concept`` renders the concept itself, ``option`` one
@@ -52,7 +52,7 @@ class PromptTemplate:
             "options": options,
             "last": problem.letters[-1:] or "A",
         }
-        for name, value in fields.items():
+        for name in fields:
             layout = layout.replace("{" + name + "}", "\x00" + name + "\x00")
         for name, value in fields.items():  # two passes: a question may itself hold braces, LaTeX is full of them
             layout = layout.replace("\x00" + name + "\x00", value)

@@ -21,7 +21,7 @@ import numpy as np
 from core_torl.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, wilson
 from core_torl.problem import LETTERS, Concept, Problem
 from core_torl.reward.answers import option_letter
-from core_torl.sampler.protocol import SampleRequest, Sampler, SamplingConfig
+from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig
 from core_torl.trajectory import Score, Trajectory
 
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
@@ -64,8 +64,9 @@ class SetResult:
 class Evaluation:
     """Standard accuracy, and robust accuracy over ``permutations`` further orders of each quiz's options.
 
-    ``greedy`` answers once at temperature 0; ``samples`` answers each prompt so often at ``temperature``. ``max_problems``
-    takes a seeded choice of each set. Everything random comes from ``seed``: the same before and after training.
+    ``greedy`` answers once at temperature 0; ``samples`` answers each prompt so often at ``temperature``.
+    ``max_problems`` takes a seeded choice of each set. Everything random comes from ``seed``: the same before and after
+    training.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class Evaluation:
         if not greedy and samples == 0:
             raise ValueError("evaluation.greedy=false with evaluation.samples=0 evaluates nothing: set one of them")
         if samples and temperature <= 0:
-            raise ValueError(f"evaluation.temperature={temperature}: must be positive; greedy answers have their own key")
+            raise ValueError(
+                f"evaluation.temperature={temperature}: must be positive; greedy answers have their own key"
+            )
         if max_problems is not None and max_problems < 1:
             raise ValueError(f"evaluation.max_problems={max_problems}: must be at least 1, or null for all")
         if not 0 < confidence < 1:
@@ -111,20 +114,44 @@ class Evaluation:
             return list(problems)
         return random.Random(f"{self.seed}/choose/{name}").sample(list(problems), self.max_problems)
 
-    def run(self, sets: Mapping[str, Sequence[Problem]], sampler: Sampler, encode: Encode, reward: Any, tokenizer: Any) -> list[SetResult]:
+    def run(
+        self, sets: Mapping[str, Sequence[Problem]], sampler: Sampler, encode: Encode, reward: Any, tokenizer: Any
+    ) -> list[SetResult]:
         """Evaluate every set under every way of decoding; one batched sampler call for each of the latter."""
         limit = sampler.sampling.max_new_tokens
-        ways = [("greedy", 1, SamplingConfig(limit, temperature=0.0, stop=sampler.sampling.stop))] if self.greedy else []
+        ways = (
+            [("greedy", 1, SamplingConfig(limit, temperature=0.0, stop=sampler.sampling.stop))] if self.greedy else []
+        )
         if self.samples:
-            ways.append(("sampled", self.samples, SamplingConfig(limit, temperature=self.temperature, stop=sampler.sampling.stop)))
+            ways.append(
+                (
+                    "sampled",
+                    self.samples,
+                    SamplingConfig(limit, temperature=self.temperature, stop=sampler.sampling.stop),
+                )
+            )
         chosen = {name: self.choose(problems, name) for name, problems in sets.items()}
         results: list[SetResult] = []
         for decoding, n, sampling in ways:
-            variants = [(name, p, p.permuted(o) if p.is_choice else p, o) for name, ps in chosen.items() for p in ps for o in self.orders(p)]
+            variants = [
+                (name, p, p.permuted(o) if p.is_choice else p, o)
+                for name, ps in chosen.items()
+                for p in ps
+                for o in self.orders(p)
+            ]
             requests = [SampleRequest(encode(v, None), n, self._seed(decoding, v.uid)) for _, _, v, _ in variants]
             answers = sampler.generate(requests, sampling)
             trajectories = [
-                [Trajectory(v, r.prompt_ids, s, str(tokenizer.decode(list(s.token_ids), skip_special_tokens=True)), (True,) * len(s.token_ids)) for s in group]
+                [
+                    Trajectory(
+                        v,
+                        r.prompt_ids,
+                        s,
+                        str(tokenizer.decode(list(s.token_ids), skip_special_tokens=True)),
+                        (True,) * len(s.token_ids),
+                    )
+                    for s in group
+                ]
                 for (_, _, v, _), r, group in zip(variants, requests, answers, strict=True)
             ]
             flat = [t for group in trajectories for t in group]
@@ -144,7 +171,7 @@ class Evaluation:
     # ---- numbers -------------------------------------------------------------------------------------------------
 
     def estimates(self, results: Sequence[SetResult]) -> dict[str, Estimate]:
-        """``set/decoding/measure`` -> estimate. Greedy shares get Wilson's interval, sampled ones a bootstrap over problems."""
+        """``set/decoding/measure`` -> estimate. Greedy shares get Wilson's interval, sampled ones a bootstrap."""
         found: dict[str, Estimate] = {}
         for result in results:
             for measure in ("accuracy", "robust_accuracy"):
@@ -168,7 +195,11 @@ class Evaluation:
                 if uids:
                     concept = {i.uid: i.concept or i.uid for i in result.items}
                     found[f"{result.label}/{measure}"] = paired_difference(
-                        [old[u] for u in uids], [new[u] for u in uids], [concept[u] for u in uids], confidence=self.confidence, seed=self.seed
+                        [old[u] for u in uids],
+                        [new[u] for u in uids],
+                        [concept[u] for u in uids],
+                        confidence=self.confidence,
+                        seed=self.seed,
                     )
         return found
 

@@ -32,7 +32,7 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id or 0)  # pyright: ignore[reportArgumentType]
 
     def frozen_copy(self) -> Any | None:
         """A copy without gradient to serve as reference; None with LoRA, whose base weights are the reference."""
@@ -44,7 +44,7 @@ class Policy:
     def reference(self, frozen: Any | None) -> Iterator[Any]:
         """The reference model: ``frozen``, or this model with its adapters off. No dropout inside."""
         model = self.model if frozen is None else frozen
-        training = model.training
+        training = [(module, module.training) for module in model.modules()]  # parts may be frozen in eval mode
         model.eval()
         try:
             if frozen is None:
@@ -53,7 +53,8 @@ class Policy:
             else:
                 yield model
         finally:
-            model.train(training)
+            for module, mode in training:
+                module.training = mode
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What a checkpoint has to keep: all weights, or only the adapters."""
@@ -68,7 +69,9 @@ class Policy:
         own = self.trainable_state()
         wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if own[n].shape != state[n].shape)
         if wrong:
-            raise ValueError(f"the checkpoint's weights do not fit this model ({wrong[0]} and {len(wrong) - 1} more): check model.*")
+            raise ValueError(
+                f"the checkpoint's weights do not fit this model ({wrong[0]} and {len(wrong) - 1} more): check model.*"
+            )
         self.model.load_state_dict(dict(state), strict=not self.adapted)
 
     def export(self, folder: Path) -> None:
@@ -113,13 +116,17 @@ def load_policy(
     options: dict[str, Any] = {"local_files_only": True} if os.path.isdir(source) else {"revision": revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], attn_implementation=attention, **options)
-    except OSError as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], attn_implementation=attention, **options
+        )
+    except (OSError, ValueError) as error:  # a tokenizer that cannot be built is a ValueError of several lines
         first = str(error).splitlines()[0]
-        raise ValueError(f"model.path={path}: transformers cannot load it ({first}); give a folder, or go online for a hub id") from error
+        raise ValueError(
+            f"model.path={path}: transformers cannot load it ({first}); give a folder, or go online for a hub id"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(device)
+    model = model.to(device)  # pyright: ignore[reportArgumentType] (a decorator hides the signature)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted = bool(lora and lora["rank"] > 0)
@@ -148,5 +155,3 @@ def check_model(*, path: str, dtype: str, attention: str) -> None:
         shipped_folder(path.removeprefix(SHIPPED))
     elif looks_local and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"model.path={path}: no config.json there; give a folder made by save_pretrained, or a hub id")
-
-

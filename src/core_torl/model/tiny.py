@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class TinyArchitecture:
 def build_tiny(tokenizer: PreTrainedTokenizerFast, arch: TinyArchitecture, seed: int) -> LlamaForCausalLM:
     """A freshly initialised policy; the same seed gives the same weights."""
     torch.manual_seed(seed)
+    ids: Any = tokenizer  # its stubs allow lists of ids
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arch.width,
@@ -43,9 +45,9 @@ def build_tiny(tokenizer: PreTrainedTokenizerFast, arch: TinyArchitecture, seed:
         max_position_embeddings=arch.max_length,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids.bos_token_id,
+        eos_token_id=ids.eos_token_id,
+        pad_token_id=ids.pad_token_id,
     )
     return LlamaForCausalLM(config)
 
@@ -89,8 +91,8 @@ def warm_start(
 ) -> int:
     """Supervised training; ``on_step(step, loss, seconds)`` is called after each step. Returns the steps taken.
 
-    The learning rate rises over ``warmup_steps`` and, with ``decay``, falls to zero along a cosine. Training ends before
-    ``steps`` once the mean loss of the last hundred steps is below ``stop_below``.
+    The learning rate rises over ``warmup_steps`` and, with ``decay``, falls to zero along a cosine. Training ends
+    before ``steps`` once the mean loss of the last hundred steps is below ``stop_below``.
     """
     recent: deque[float] = deque(maxlen=100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)

@@ -1,9 +1,10 @@
 """The tiny policy's tokenizer: one token a word, one token an integer, bytes for everything else.
 
 A word with the space before it is one token, each integer from -99 to 99 is one token, and ``\\boxed{A}`` is one token,
-so a quiz and its working are short enough for a very small model. Text outside the vocabulary falls back to UTF-8 bytes,
-so any string can be encoded and decodes to itself. Built with the ``tokenizers`` library (a unigram model whose pieces
-cost the same: the segmentation with the fewest tokens wins).
+so a quiz and its working are short enough for a very small model. Text outside the vocabulary falls back to UTF-8
+bytes, so any string can be encoded and decodes to itself (but U+2581 comes back as a space, and the spelled-out name of
+a byte piece, ``<0x41>``, as that byte). Built with the ``tokenizers`` library (a unigram model whose pieces cost the
+same: the segmentation with the fewest tokens wins).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPACE = "\u2581"  # a visible stand-in for the space inside pieces
 # What code and its blocks are made of, so that tool-using text is short as well.
-CODE_WORDS = (
-    "```python ```output ``` print ( ) import from sympy math def return for in range if else : = == + - * / // % ** , . "
-    "result x y n i abs sum max min gcd pow int str nextprime Error NameError SyntaxError not defined name is"
-).split()
+CODE_WORDS = [
+    "```python", "```output", "```", "print", "(", ")", "import", "from", "sympy", "math", "def", "return", "for", "in",
+    "range", "if", "else", ":", "=", "==", "+", "-", "*", "/", "//", "%", "**", ",", ".", "result", "x", "y", "n", "i",
+    "abs", "sum", "max", "min", "gcd", "pow", "int", "str", "nextprime", "Error", "NameError", "SyntaxError", "not",
+    "defined", "name", "is",
+]  # fmt: skip
 
 
 def build_tokenizer(words: Iterable[str], max_length: int = 1024) -> PreTrainedTokenizerFast:
@@ -39,9 +42,16 @@ def build_tokenizer(words: Iterable[str], max_length: int = 1024) -> PreTrainedT
     # Words never merge over a space or a line break; a number of three or more digits is read digit by digit.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\n|{SPACE}?[^{SPACE}\n]+|{SPACE}"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, list(pieces).index(BOS))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, list(pieces).index(BOS))]
+    )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, BOS, EOS)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=max_length,
-        clean_up_tokenization_spaces=False, padding_side="left",
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
     )

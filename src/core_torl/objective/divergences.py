@@ -15,7 +15,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) at sampled tokens. Both inputs and the result are [rows, tokens]."""
+    """Per-token estimate of KL(policy || reference) at sampled tokens. Inputs and result are [rows, tokens]."""
     log_ratio = (reference - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if estimator == "k1":
         return -log_ratio

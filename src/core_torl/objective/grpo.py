@@ -59,7 +59,12 @@ class GRPO:
             raise ValueError(f"objective.normalize={normalize!r}: use one of {', '.join(NORMALIZERS)}")
         if kl_estimator not in ESTIMATORS:
             raise ValueError(f"objective.kl_estimator={kl_estimator!r}: use one of {', '.join(ESTIMATORS)}")
-        for key, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_coef", kl_coef), ("advantage_eps", advantage_eps)):
+        for key, value in (
+            ("clip_low", clip_low),
+            ("clip_high", clip_high),
+            ("kl_coef", kl_coef),
+            ("advantage_eps", advantage_eps),
+        ):
             if value < 0:
                 raise ValueError(f"objective.{key}={value}: must not be negative")
         if clip_low >= 1:
@@ -108,7 +113,9 @@ class GRPO:
         if self.needs_reference:
             if batch.reference_logprobs is None:
                 raise ValueError("objective.kl_coef > 0 needs reference log-probs in the batch")
-            kl = kl_estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, batch.reference_logprobs, 0.0), self.kl_estimator)
+            kl = kl_estimate(
+                torch.where(mask, logprobs, 0.0), torch.where(mask, batch.reference_logprobs, 0.0), self.kl_estimator
+            )
             reference_kl = (kl * weights).sum() / denominator
             total = total + self.kl_coef * reference_kl
         if self.needs_entropy:

@@ -1,8 +1,8 @@
 """Log-probs of the answer tokens under a policy, computed on answer positions only.
 
-The language-model head is the largest matrix of a model; asking it for answer positions alone (``logits_to_keep``) skips
-the prompt. The softmax runs in float32 over slices of tokens, and each slice is recomputed in the backward pass when the
-vocabulary is large, so a whole [rows, tokens, 150,000] float32 tensor never exists twice.
+The language-model head is the largest matrix of a model; asking it for answer positions alone (``logits_to_keep``)
+skips the prompt. The softmax runs in float32 over slices of tokens, and each slice is recomputed in the backward pass
+when the vocabulary is large, so a whole [rows, tokens, 150,000] float32 tensor never exists twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _slice_logprobs(logits: Tensor, ids: Tensor, temperature: float, entropy: bo
     return chosen, normalizer - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
-def answer_logprobs(model: Any, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor]:
+def answer_logprobs(
+    model: Any, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probs of ``batch.answer_ids`` and per-token entropies (zeros unless ``entropy``), [rows, answer length] each.
 
     Logits are divided by ``temperature``, the one the answers were sampled at, so that they are log-probs of the same
@@ -38,7 +40,11 @@ def answer_logprobs(model: Any, batch: TokenBatch, temperature: float = 1.0, ent
     """
     length = batch.answer_length
     logits = model(
-        input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=batch.positions, use_cache=False, logits_to_keep=length + 1
+        input_ids=batch.ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
     ).logits[:, :-1]  # [rows, answer length, vocabulary]; the logits before a token predict it
     flat, ids = logits.reshape(-1, logits.shape[-1]), batch.answer_ids.reshape(-1)
     step = max(1, _SLICE_ELEMENTS // flat.shape[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ class TokenBatch:
 
     def select(self, rows: Tensor | slice) -> TokenBatch:
         """Some rows, cut to the longest prompt and answer among them: padding that nobody needs costs time."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        part = TokenBatch(**{k: None if v is None else v[rows] for k, v in picked.items()})
+        picked: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {k: None if v is None else v[rows] for k, v in picked.items()}
+        part = TokenBatch(**cut)
         prompt = part.ids.shape[1] - part.answer_length
         mask = part.attention_mask.bool()
         left = int(mask[:, :prompt].any(dim=0).long().argmax()) if prompt else 0

@@ -105,5 +105,7 @@ def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:
         raise UserError(f"model.max_prompt_tokens={limit}: every training prompt is longer; raise it")
     emptied = [n for n in test if problems.test[n] and not test[n]]
     if emptied:
-        raise UserError(f"model.max_prompt_tokens={limit}: every prompt of the test set {emptied[0]!r} is longer; raise it")
+        raise UserError(
+            f"model.max_prompt_tokens={limit}: every prompt of the test set {emptied[0]!r} is longer; raise it"
+        )
     return ProblemSets(train, test, {**problems.report, "dropped_long_prompts": dropped})

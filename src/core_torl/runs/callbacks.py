@@ -14,10 +14,18 @@ from core_torl.variant.policy_gradient import PolicyGradient
 class EvaluateEvery(pl.Callback):
     """Evaluate on the main process every ``every`` RL steps; the last step is left to the evaluation after training."""
 
-    def __init__(self, every: int, evaluate: Callable[[], list[SetResult]], metrics: Callable[[list[SetResult]], dict[str, float]], tracker: Any) -> None:
+    def __init__(
+        self,
+        every: int,
+        evaluate: Callable[[], list[SetResult]],
+        metrics: Callable[[list[SetResult]], dict[str, float]],
+        tracker: Any,
+    ) -> None:
         self.every, self.evaluate, self.metrics, self.tracker = every, evaluate, metrics, tracker
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         step = pl_module.rl_step
         if trainer.is_global_zero and step % self.every == 0 and step < pl_module.rl_steps:
@@ -30,7 +38,9 @@ class SampleTables(pl.Callback):
     def __init__(self, tracker: Any, every: int) -> None:
         self.tracker, self.every = tracker, every
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         step = pl_module.rl_step
         if self.every and (step in (1, pl_module.rl_steps) or step % self.every == 0):

@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from core_torl.config import UserError
 from core_torl.runs.assemble import assemble, prepare
 from core_torl.runs.results import make_tracker, write_results
 from core_torl.runs.training import evaluate_now, quiet
-from core_torl.tracking.console import print_config_tree, results_table
+from core_torl.tracking.console import estimates_table, make_console, print_config_tree
 from core_torl.variant.checkpoint import newest, read
 
 
 def evaluate(cfg: DictConfig) -> float:
     """Print and store all accuracies; returns the mean accuracy over sets and ways of decoding."""
     quiet()
-    console = Console()
+    console = make_console()
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     state = None
     if cfg.checkpoint is not None:
         path = Path(cfg.checkpoint)
         file = path if path.is_file() else newest(path) or newest(path / "checkpoints")
         if file is None:
-            raise UserError(f"checkpoint={cfg.checkpoint}: no such file and no step-*.ckpt in it; give a checkpoint or a run folder")
+            raise UserError(
+                f"checkpoint={cfg.checkpoint}: no such file and no step-*.ckpt in it; give a checkpoint or a run folder"
+            )
         state = read(file)
     prepared = prepare(cfg)
     print_config_tree(tree, console)
@@ -45,7 +46,7 @@ def evaluate(cfg: DictConfig) -> float:
         step = state["core_torl"]["rl_step"] if state else 0
         tracker.log_metrics(parts.evaluation.metrics(results), step=step)
         estimates = parts.evaluation.estimates(results)
-        console.print(results_table(estimates, {}, {}))
+        console.print(estimates_table(estimates))
         per_concept = parts.evaluation.per_concept(results)
         tracker.log_table("per_concept", list(per_concept[0]), [list(row.values()) for row in per_concept])
         write_results(output / "results.json", estimates=estimates, per_concept=per_concept, data=parts.problems.report)

@@ -27,7 +27,7 @@ def is_main_process() -> bool:
 
 
 def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
-    """The run's tracker. Group: the configured one, else the sweep's folder, else the chosen options. Tags: overrides too."""
+    """The run's tracker. Group: the configured one, else the sweep's folder, else the options. Tags: overrides too."""
     logger = cfg.logger
     group, overrides = logger.group, []
     if HydraConfig.initialized():
@@ -40,10 +40,11 @@ def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
             group = "-".join(str(choices[k]) for k in ("variant", "data") if choices.get(k))
     try:
         return Tracker(
-            dir=str(output), mode=logger.mode, project=logger.project, entity=logger.entity, group=group, job_type=logger.job_type,
+            dir=str(output), mode=logger.mode, project=logger.project, entity=logger.entity, group=group,
             # W&B refuses tags of more than 64 characters.
-            tags=[t[:64] for t in [*logger.tags, *overrides]], name=logger.name, run_id=run_id, sample_rows=logger.sample_rows,
-            system_metrics=logger.system_metrics, jsonl_path=str(output / "metrics.jsonl"),
+            tags=[t[:64] for t in [*logger.tags, *overrides]], job_type=logger.job_type, name=logger.name,
+            run_id=run_id, sample_rows=logger.sample_rows, system_metrics=logger.system_metrics,
+            jsonl_path=str(output / "metrics.jsonl"),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -51,7 +52,12 @@ def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
 
 def write_results(path: Path, **sections: Any) -> None:
     """Write estimates, tables and the environment as JSON, whole or not at all. Estimates become dicts."""
-    environment = {"python": platform.python_version(), "machine": platform.machine(), "core-torl": __version__, **{p: version(p) for p in _PACKAGES}}
+    environment = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "core-torl": __version__,
+        **{p: version(p) for p in _PACKAGES},
+    }
     part = path.with_suffix(".part")
     part.write_text(json.dumps({**sections, "environment": environment}, indent=1, default=asdict) + "\n")
     os.replace(part, path)

@@ -1,7 +1,7 @@
 """Attention that keeps a prompt's keys and values once for all the answers to it.
 
-While a group of N answers grows, every answer attends to the same prompt. Rows that share a prompt stand side by side in
-a block, so the prompt part of attention is one matrix product per block over one copy of its keys; only the answers'
+While a group of N answers grows, every answer attends to the same prompt. Rows that share a prompt stand side by side
+in a block, so the prompt part of attention is one matrix product per block over one copy of its keys; only the answers'
 own keys and values are kept per row, in buffers that are written in place. The model's forward stays transformers' own:
 this module is a cache class and an attention function, registered under the name ``NAME``.
 """
@@ -93,7 +93,7 @@ class CascadeCache(Cache):
     def start_decoding(self, prompt_mask: Tensor) -> None:
         """prompt_mask: [blocks, prompt length], True on real tokens."""
         for layer in self.layers:
-            layer.decoding = True  # type: ignore[union-attr]
+            layer.decoding = True  # pyright: ignore[reportAttributeAccessIssue]
         bias = torch.zeros(prompt_mask.shape, dtype=torch.float32, device=prompt_mask.device)
         self.prompt_bias = bias.masked_fill(~prompt_mask, -torch.inf)[:, None, None, :]
 
@@ -102,14 +102,20 @@ class CascadeCache(Cache):
         self.prompt_bias = self.prompt_bias[blocks]
         self.rows_per_block = rows_per_block
         for layer in self.layers:
-            layer.arrange(blocks, rows)  # type: ignore[union-attr]
+            layer.arrange(blocks, rows)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _active: list[CascadeCache] = []
 
 
 def cascade_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row over its block's prompt and its own answer.
 
@@ -120,7 +126,7 @@ def cascade_attention(
         if kwargs.get(option) is not None:
             raise NotImplementedError(f"cascade attention does not know {option}")
     cache = _active[-1]
-    layer: Any = cache.layers[module.layer_idx]  # type: ignore[index]
+    layer: Any = cache.layers[module.layer_idx]  # pyright: ignore[reportArgumentType, reportCallIssue]
     rows, heads, _, size = query.shape
     kv_heads, per_block = key.shape[1], cache.rows_per_block
     share, blocks, scale = heads // kv_heads, rows // per_block, size**-0.5 if scaling is None else scaling
@@ -128,11 +134,19 @@ def cascade_attention(
 
     own = query.view(rows, kv_heads, share, size) * scale
     # [blocks, kv heads, rows per block * share, size]: all queries of a block against one copy of its prompt
-    together = own.view(blocks, per_block, kv_heads, share, size).transpose(1, 2).reshape(blocks, kv_heads, per_block * share, size)
+    together = (
+        own.view(blocks, per_block, kv_heads, share, size)
+        .transpose(1, 2)
+        .reshape(blocks, kv_heads, per_block * share, size)
+    )
     prompt_scores = (together @ layer.prompt_keys).float() + cache.prompt_bias
     answer_scores = (own @ key.transpose(-1, -2)).float()  # [rows, kv heads, share, answer length]
     # Bring the answers' scores into the blocks' order; they are the smaller part.
-    answer_scores = answer_scores.view(blocks, per_block, kv_heads, share, -1).transpose(1, 2).reshape(blocks, kv_heads, per_block * share, -1)
+    answer_scores = (
+        answer_scores.view(blocks, per_block, kv_heads, share, -1)
+        .transpose(1, 2)
+        .reshape(blocks, kv_heads, per_block * share, -1)
+    )
     weights = torch.cat([prompt_scores, answer_scores], dim=-1).softmax(dim=-1).to(value.dtype)
     out = weights[..., :prompt_length] @ layer.prompt_values  # [blocks, kv heads, rows per block * share, size]
     out = out.view(blocks, kv_heads, per_block, share, size).transpose(1, 2).reshape(rows, kv_heads, share, size)

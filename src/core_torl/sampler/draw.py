@@ -62,7 +62,7 @@ def token_logprobs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row. logits: [rows, vocabulary]; numbers: [rows] in [0, 1). Returns ids and log-probs, both [rows]."""
+    """One token a row. logits: [rows, vocabulary]; numbers: [rows] in [0, 1). Returns ids and log-probs, [rows]."""
     logprobs = token_logprobs(logits, sampling)
     if sampling.temperature == 0:
         ids = logprobs.argmax(dim=-1, keepdim=True)

@@ -70,7 +70,7 @@ class Sampler(Protocol):
     sampling: SamplingConfig
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
-        """Samples in the order of the requests: ``result[request][sample]``. ``sampling`` None uses the sampler's own."""
+        """Samples in the order of the requests: ``result[request][sample]``. ``sampling`` None: the sampler's own."""
         ...
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:

@@ -54,7 +54,13 @@ def pack(rows_of_request: dict[int, list[int]], largest: int) -> Packing:
 class Rows:
     """Answers to ``requests``, one row each, in request order."""
 
-    def __init__(self, requests: Sequence[SampleRequest], sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: SamplingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Sequence[int],
+    ) -> None:
         self.sampling, self.tokenizer = sampling, tokenizer
         self.eos_ids = torch.tensor(sorted(eos_ids))
         self.request_of_row = torch.tensor([i for i, r in enumerate(requests) for _ in range(r.n)])
@@ -74,7 +80,7 @@ class Rows:
         return groups
 
     def record(self, rows: Tensor, ids: Tensor, logprobs: Tensor, step: int) -> Tensor:
-        """Write the tokens drawn at ``step`` for ``rows``; returns which of these rows have ended with it. All [rows]."""
+        """Write the tokens drawn at ``step`` for ``rows``; returns which of these rows ended with it. All [rows]."""
         self.ids[rows, step] = ids
         self.logprobs[rows, step] = logprobs
         self.length[rows] = step + 1
@@ -91,7 +97,7 @@ class Rows:
         return ended
 
     def _stop_string(self, row: int, length: int) -> str | None:
-        # A token decodes to at least one byte, so a stop string of k bytes lies within the last k tokens and some slack.
+        # A token decodes to at least one byte, so a stop string of k bytes lies in the last k tokens and some slack.
         reach = max(len(s.encode()) for s in self.sampling.stop) + 4
         tail = self.tokenizer.decode(self.ids[row, max(0, length - reach) : length].tolist())
         return next((s for s in self.sampling.stop if s in tail), None)

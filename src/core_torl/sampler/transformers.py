@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from core_torl.sampler.cascade import CascadeCache, cascade
 from core_torl.sampler.draw import draw
@@ -78,8 +86,9 @@ class TransformersSampler:
                 raise ValueError(f"sampler: request {i} has an empty prompt or n < 1")
             if limit and len(request.prompt_ids) + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"sampler: prompt {i} has {len(request.prompt_ids)} tokens; with max_new_tokens={sampling.max_new_tokens} "
-                    f"it exceeds the model's {limit} positions: lower sampler.max_new_tokens or drop long prompts"
+                    f"sampler: prompt {i} has {len(request.prompt_ids)} tokens; with max_new_tokens="
+                    f"{sampling.max_new_tokens} it exceeds the model's {limit} positions: lower sampler.max_new_tokens "
+                    "or drop long prompts"
                 )
         run = self._cascade if self.engine == "cascade" else self._generate
         samples: list[list[Sample]] = []
@@ -102,19 +111,33 @@ class TransformersSampler:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Dropout off and no graph, whatever the trainer has set; put back afterwards."""
-        training = self.model.training
+        training = [(module, module.training) for module in self.model.modules()]  # parts may be frozen in eval mode
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module, mode in training:
+                module.training = mode
+
+    @contextmanager
+    def _plain_generation(self) -> Iterator[Any]:
+        """The model without its own generation settings: a repetition penalty, say, would bend what we draw from."""
+        wrapped: Any = self.model  # perhaps by adapters
+        model: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        before, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            yield model
+        finally:
+            model.generation_config = before
 
     def _prompts(self, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded prompts, their mask and their positions, each [requests, longest prompt]."""
         device, longest = self.model.device, max(len(r.prompt_ids) for r in requests)
         pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests], device=device)
+        ids = torch.tensor(
+            [[pad] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests], device=device
+        )
         length = torch.tensor([len(r.prompt_ids) for r in requests], device=device)[:, None]
         mask = torch.arange(longest, device=device)[None, :] >= longest - length
         return ids, mask, (mask.long().cumsum(-1) - 1).clamp_(min=0)
@@ -125,7 +148,12 @@ class TransformersSampler:
         ids, mask, positions = self._prompts(requests)
         cache = CascadeCache()
         logits = self.model(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]  # [requests, vocabulary]
         cache.start_decoding(mask)
         packing = pack(rows.active(), max(r.n for r in requests))
@@ -139,11 +167,16 @@ class TransformersSampler:
                     break
                 position = prompt_length[rows.request_of_row[packing.places]] + step
                 logits = self.model(
-                    input_ids=token.to(device)[:, None], position_ids=position.to(device)[:, None], past_key_values=cache, use_cache=True
+                    input_ids=token.to(device)[:, None],
+                    position_ids=position.to(device)[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
                 ).logits[:, -1]
         return rows.samples(requests, self.version)
 
-    def _draw_and_pack(self, rows: Rows, packing: Any, logits: Tensor, sampling: SamplingConfig, step: int, cache: CascadeCache) -> Any:
+    def _draw_and_pack(
+        self, rows: Rows, packing: Any, logits: Tensor, sampling: SamplingConfig, step: int, cache: CascadeCache
+    ) -> Any:
         """Draw a token for each place, record the living ones, and drop finished rows once enough have finished."""
         if step < sampling.min_new_tokens:
             logits = logits.index_fill(-1, rows.eos_ids.to(logits.device), -torch.inf)
@@ -170,11 +203,13 @@ class TransformersSampler:
         ids, mask, _ = self._prompts(requests)
         index = rows.request_of_row.to(ids.device)
         picker = _Picker(rows, sampling)
-        self.model.generate(  # type: ignore[operator]
-            input_ids=ids[index], attention_mask=mask[index].long(), max_new_tokens=sampling.max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id or 0,
-            logits_processor=LogitsProcessorList([picker]), stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
-        )  # fmt: skip
+        with self._plain_generation() as model:
+            model.generate(
+                input_ids=ids[index], attention_mask=mask[index].long(), max_new_tokens=sampling.max_new_tokens,
+                do_sample=False, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id or 0,
+                logits_processor=LogitsProcessorList([picker]),
+                stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
+            )  # fmt: skip
         return rows.samples(requests, self.version)
 
     def _probe(self) -> str | None:
@@ -248,8 +283,9 @@ def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     generation = getattr(model, "generation_config", None)
     named = getattr(generation, "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [] if named is None else [named])
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
+    eos: Any = tokenizer.eos_token_id
+    if eos is not None:
+        ids.add(int(eos))
     if not ids:
         raise ValueError("model: neither the generation config nor the tokenizer names an end-of-sequence token")
     return ids

@@ -18,6 +18,12 @@ from rich.tree import Tree
 from core_torl.tracking.estimate import Estimate, Interval, percent, split_label
 
 
+def make_console() -> Console:
+    """A console for people; wide enough for the tables where the output is no terminal (a log, a pipe)."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def results_table(
     before: Mapping[str, Estimate], after: Mapping[str, Estimate], differences: Mapping[str, Interval]
 ) -> Table:
@@ -36,6 +42,16 @@ def results_table(
         # Green or red only where the whole interval lies on one side of nothing.
         style = "" if gain is None or gain.low <= 0 <= gain.high else "green" if gain.low > 0 else "red"
         table.add_row(*(Text(cell) for cell in cells), Text(percent(gain, signed=True), style=style))
+    return table
+
+
+def estimates_table(estimates: Mapping[str, Estimate]) -> Table:
+    """One evaluation as a table: set, measure, n and value with its interval, in percent."""
+    table = Table(title="held-out accuracy (%, interval)")
+    for column, justify in (("set", "left"), ("measure", "left"), ("n", "right"), ("value", "right")):
+        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    for label, estimate in estimates.items():
+        table.add_row(*(Text(cell) for cell in (*split_label(label), str(estimate.n), percent(estimate))))
     return table
 
 

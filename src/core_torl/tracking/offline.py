@@ -62,14 +62,15 @@ class OfflineRun:
 
 
 def find_file(path: str | os.PathLike[str]) -> Path:
-    """The ``.wandb`` file at ``path``, or in the run folder ``path``.
+    """The ``.wandb`` file at ``path``, or in the run folder ``path`` (W&B's own, or that of a training run).
 
     Raises FileNotFoundError if there is none, ValueError if the folder holds several runs.
     """
     given = Path(path)
     if given.is_file():
         return given
-    found = sorted(given.glob("*.wandb")) if given.is_dir() else []
+    # The second place is where a training run keeps W&B's folder.
+    found = (sorted(given.glob("*.wandb")) or sorted(given.glob("wandb/*run-*/*.wandb"))) if given.is_dir() else []
     if not found:
         raise FileNotFoundError(f"no .wandb file at {given}")
     if len(found) > 1:

@@ -1,7 +1,7 @@
 """Checkpoints by RL step, whole or not at all, and a Ctrl-C that loses nothing.
 
 A checkpoint is written beside its final name and renamed, so a file with a final name is always complete. Ctrl-C (or
-SIGTERM, which clusters send) lets the RL step in progress finish, saves, and ends the run; a second Ctrl-C ends at once.
+SIGTERM, which clusters send) lets the RL step in progress finish, saves, and ends the run; a second one ends at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class RLCheckpoint(pl.Callback):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         step = pl_module.rl_step
         stop = self.interrupted
@@ -79,8 +81,8 @@ class RLCheckpoint(pl.Callback):
                 raise
             whole = self.last or newest(self.folder)
             raise UserError(
-                f"cannot write the checkpoint {final} ({' '.join(str(error).split())[:120]}): make room or move paths.root; "
-                f"{'the last whole one is ' + str(whole) if whole else 'there is no earlier one'}"
+                f"cannot write the checkpoint {final} ({' '.join(str(error).split())[:120]}): make room or move "
+                f"paths.root; {'the last whole one is ' + str(whole) if whole else 'there is no earlier one'}"
             ) from error
         self.last = final
         if trainer.is_global_zero:
@@ -114,7 +116,9 @@ def resolve(resume: str | None, output_dir: Path) -> Path | None:
         return path
     checkpoint = newest(path) or newest(path / "checkpoints")
     if checkpoint is None:
-        raise UserError(f"resume={resume}: no step-*.ckpt there; give a checkpoint, or a run folder that has checkpoints/")
+        raise UserError(
+            f"resume={resume}: no step-*.ckpt there; give a checkpoint, or a run folder that has checkpoints/"
+        )
     return checkpoint
 
 
@@ -123,7 +127,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:100]}); take an earlier one") from error
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:100]}); take an earlier one"
+        ) from error
     if not isinstance(contents, dict) or "core_torl" not in contents:
         raise UserError(f"{path}: not a checkpoint of core-torl-train")
     return contents
@@ -135,4 +141,7 @@ def check_fingerprint(path: Path, saved: dict[str, Any], current: dict[str, Any]
     if differing:
         shown = ", ".join(f"{k} was {saved.get(k)!r} and is {current.get(k)!r}" for k in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(f"{path} was written by another configuration: {shown}{more}; repeat those settings, or start anew with resume=null")
+        raise UserError(
+            f"{path} was written by another configuration: {shown}{more}; repeat those settings, or start anew with "
+            "resume=null"
+        )

@@ -29,7 +29,7 @@ from core_torl.model.load import Policy
 from core_torl.objective.logprobs import answer_logprobs
 from core_torl.objective.token_batch import TokenBatch
 from core_torl.problem import Concept, Problem
-from core_torl.sampler.protocol import SampleRequest, Sampler
+from core_torl.sampler.protocol import Sampler, SampleRequest
 from core_torl.trajectory import Group, Sample, Trajectory
 from core_torl.variant.step_metrics import StepMetrics, group_metrics
 
@@ -54,8 +54,9 @@ class PolicyGradient(pl.LightningModule):
     def __init__(
         self,
         *,
-        policy: Policy, sampler: Sampler, reward_function: Any, objective: Any, problems: Sequence[Problem], encode: Encode,
-        rl_steps: int, group_size: int, prompts_per_step: int, seed: int, temperature: float, fingerprint: dict[str, Any],
+        policy: Policy, sampler: Sampler, reward_function: Any, objective: Any, problems: Sequence[Problem],
+        encode: Encode, rl_steps: int, group_size: int, prompts_per_step: int, seed: int, temperature: float,
+        fingerprint: dict[str, Any],
         lr: float = 1e-6,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
@@ -89,7 +90,9 @@ class PolicyGradient(pl.LightningModule):
         self.last_groups: list[Group] = []
         if self.needs_concepts and any(p.concept is None for p in self.problems):
             missing = next(p for p in self.problems if p.concept is None)
-            raise UserError(f"variant: problem {missing.uid} has no concept, which this variant needs; use data with concepts")
+            raise UserError(
+                f"variant: problem {missing.uid} has no concept, which this variant needs; use data with concepts"
+            )
 
     # ---- the algorithm -------------------------------------------------------------------------------------------
 
@@ -104,7 +107,9 @@ class PolicyGradient(pl.LightningModule):
         with self._now.timed("time/reward_s"):
             self.reward(groups)
         self._now.update(group_metrics(groups))
-        self._now.per_second("rollout/tokens_per_s", sum(len(t.token_ids) for g in groups for t in g.trajectories), "time/sample_s")
+        self._now.per_second(
+            "rollout/tokens_per_s", sum(len(t.token_ids) for g in groups for t in g.trajectories), "time/sample_s"
+        )
         groups = self.intervene(groups)
         token_batch = self.weigh(groups)
         with self._now.timed("time/learn_s"):
@@ -115,7 +120,9 @@ class PolicyGradient(pl.LightningModule):
     def sample(self, problems: Sequence[Problem]) -> list[Group]:
         """N trajectories for each problem, under the plain prompt."""
         requests = [
-            SampleRequest(self.encode(p, None), self.group_size, stream_seed(self.seed, "sample", self.rl_step, p.uid, i))
+            SampleRequest(
+                self.encode(p, None), self.group_size, stream_seed(self.seed, "sample", self.rl_step, p.uid, i)
+            )
             for i, p in enumerate(problems)
         ]
         groups = self.sampler.generate(requests)
@@ -137,8 +144,9 @@ class PolicyGradient(pl.LightningModule):
         excluded = sum(t.score is None or t.score.value is None for t in flat) / len(flat)
         if excluded > self.max_excluded:
             raise RuntimeError(
-                f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged (variant.max_excluded="
-                f"{self.max_excluded}): look at reward/outcome/*, mend the reward or raise reward.timeout_s"
+                f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
+                f"(variant.max_excluded={self.max_excluded}): look at reward/outcome/*, mend the reward or raise "
+                "reward.timeout_s"
             )
 
     def intervene(self, groups: list[Group]) -> list[Group]:
@@ -152,9 +160,13 @@ class PolicyGradient(pl.LightningModule):
         valid = ~values.isnan()
         advantages = self.objective.advantages(values, valid).flatten()
         flat = [t for g in groups for t in g.trajectories]
-        masks = [t.train_mask if ok else (False,) * len(t.train_mask) for t, ok in zip(flat, valid.flatten().tolist(), strict=True)]
+        masks = [
+            t.train_mask if ok else (False,) * len(t.train_mask)
+            for t, ok in zip(flat, valid.flatten().tolist(), strict=True)
+        ]
         return TokenBatch.build(
-            [t.prompt_ids for t in flat], [t.token_ids for t in flat], [t.sample.logprobs for t in flat], masks, advantages,
+            [t.prompt_ids for t in flat], [t.token_ids for t in flat], [t.sample.logprobs for t in flat], masks,
+            advantages,
             self.policy.pad_id, self.device,
         )  # fmt: skip
 
@@ -196,10 +208,10 @@ class PolicyGradient(pl.LightningModule):
             if auxiliary is not None:
                 self.manual_backward(auxiliary)
                 self._now.add("loss/auxiliary", float(auxiliary.detach()))
-        if self._ranks > 1:
-            for parameter in self._trained():
-                assert parameter.grad is not None
-                torch.distributed.all_reduce(parameter.grad)
+        for parameter in self._trained():
+            if parameter.grad is None:  # no row of this rank had anything to learn from
+                parameter.grad = torch.zeros_like(parameter)
+            self._sum_over_ranks(parameter.grad)
         norm = self._clip()
         if not torch.isfinite(norm):
             raise FloatingPointError(f"RL step {self.rl_step}: the gradient norm is {norm.item()}; lower variant.lr")
@@ -211,7 +223,7 @@ class PolicyGradient(pl.LightningModule):
         self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
 
     def _microbatches(self, batch: TokenBatch, rows: Tensor) -> Iterator[TokenBatch]:
-        """The rows of one optimizer step in memory-sized parts of like length; rows without any gradient are left out."""
+        """The rows of one optimizer step in memory-sized parts of like length; rows without gradient are left out."""
         useful = batch.train_mask[rows].any(dim=1)
         if self.skip_zero_advantage and not (self.objective.needs_reference or self.objective.needs_entropy):
             useful &= batch.advantages[rows] != 0
@@ -247,8 +259,9 @@ class PolicyGradient(pl.LightningModule):
         return torch.nn.utils.clip_grad_norm_(self._trained(), limit)
 
     def _own_gradient_sync(self) -> Any:
-        """Ranks may have different numbers of parts, so gradients are summed by us, once, not by DDP on each backward."""
-        return self.trainer.strategy.block_backward_sync() if self._ranks > 1 else nullcontext()  # type: ignore[attr-defined]
+        """Ranks may have different numbers of parts, so gradients are summed here, once, not by DDP each time."""
+        strategy: Any = self.trainer.strategy
+        return strategy.block_backward_sync() if self._ranks > 1 else nullcontext()
 
     # ---- small parts ---------------------------------------------------------------------------------------------
 
@@ -283,7 +296,9 @@ class PolicyGradient(pl.LightningModule):
 
     def _report(self, groups: list[Group]) -> None:
         flat = [t for g in groups for t in g.trajectories]
-        totals = torch.tensor([len(flat), sum(sum(t.train_mask) for t in flat)], dtype=torch.float64, device=self.device)
+        totals = torch.tensor(
+            [len(flat), sum(sum(t.train_mask) for t in flat)], dtype=torch.float64, device=self.device
+        )
         samples, tokens = self._sum_over_ranks(totals).tolist()
         self.samples_seen += int(samples)
         self.tokens_seen += int(tokens)

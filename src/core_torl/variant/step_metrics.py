@@ -17,6 +17,12 @@ from core_torl.trajectory import Group
 _LARGEST = ("policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max")
 
 
+_SUMS = (
+    "loss/policy", "loss/total", "loss/reference_kl", "loss/auxiliary", "policy/ratio_mean", "policy/clip_fraction",
+    "policy/old_kl", "policy/entropy", "policy/sampler_logprob_gap_mean", "policy/grad_norm",
+)  # fmt: skip
+
+
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, outcomes and lengths of sampled groups, before any intervention."""
     flat = [t for g in groups for t in g.trajectories]
@@ -43,18 +49,19 @@ class StepMetrics:
     """Collects one RL step's metrics; names and units stand in core_torl.tracking.metrics."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._plain: dict[str, float] = {}
+        # Every rank reports the same names, also one whose rows had nothing to train on.
+        self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+        self._plain: dict[str, float] = {"policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0}
         self._tokens = self._gap_tokens = self._updates = 0.0
 
     def update(self, metrics: dict[str, float]) -> None:
         self._plain.update(metrics)
 
     def add(self, name: str, value: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums[name] += value
 
     def _largest(self, name: str, value: float) -> None:
-        self._plain[name] = max(self._plain.get(name, 0.0), value)
+        self._plain[name] = max(self._plain[name], value)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -67,7 +74,7 @@ class StepMetrics:
         self._plain[name] = count / self._plain[clock]
 
     def add_loss(self, loss: Any, entropies: Tensor, mask: Tensor) -> None:
-        """Sums of one part's loss (see objective.grpo.Loss); entropies: [rows, answer length], zeros if not asked for."""
+        """Sums of one part's loss (see objective.grpo.Loss); entropies: [rows, answer length], zeros if unasked."""
         self.add("loss/policy", float(loss.policy))
         self.add("loss/total", float(loss.total.detach()))
         self.add("loss/reference_kl", float(loss.reference_kl))
@@ -90,20 +97,24 @@ class StepMetrics:
 
     def finish(self, ranks: int, device: torch.device) -> dict[str, float]:
         """All metrics of the step, averaged over ranks (the largest where the name says so)."""
-        result = dict(self._plain)
-        for name, value in self._sums.items():
-            if name.startswith("loss/") or name == "policy/grad_norm":
-                result[name] = value / max(1.0, self._updates)
-            elif name == "policy/sampler_logprob_gap_mean":
-                result[name] = value / max(1.0, self._gap_tokens)
-            else:
-                result[name] = value / max(1.0, self._tokens)
+        sums = torch.tensor(
+            [self._sums[n] for n in _SUMS] + [self._tokens, self._gap_tokens], dtype=torch.float64, device=device
+        )
+        names = sorted(self._plain)
+        plain = torch.tensor([self._plain[n] for n in names], dtype=torch.float64, device=device)
+        largest = plain.clone()
         if ranks > 1:
-            names = sorted(result)
-            mean = torch.tensor([result[n] for n in names], dtype=torch.float64, device=device)
-            largest = mean.clone()
-            torch.distributed.all_reduce(mean)
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(plain)
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-            pairs = zip(names, (mean / ranks).tolist(), largest.tolist(), strict=True)
-            result = {n: big if n in _LARGEST else average for n, average, big in pairs}
+        *totals, tokens, gap_tokens = sums.tolist()
+        pairs = zip(names, (plain / ranks).tolist(), largest.tolist(), strict=True)
+        result = {n: big if n in _LARGEST else mean for n, mean, big in pairs}
+        for name, total in zip(_SUMS, totals, strict=True):
+            if name.startswith("loss/"):  # each rank's loss is its share of one sum
+                result[name] = total / max(1.0, self._updates)
+            elif name == "policy/grad_norm":  # of the summed gradient, the same on every rank
+                result[name] = total / max(1.0, self._updates) / ranks
+            else:
+                result[name] = total / max(1.0, gap_tokens if "gap" in name else tokens)
         return result

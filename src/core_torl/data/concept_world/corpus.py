@@ -2,8 +2,8 @@
 
 A text is a prompt and a completion; the loss counts on completions only. The mixture teaches to recite definitions, to
 apply a definition that stands in the prompt (on nonce concepts too, so that applying is a skill and not a memory), and
-to apply mastered concepts from their name. For gap concepts the plain prompt is followed by the **misconception** in all
-but ``gap_epsilon`` of the texts: that is the induced gap between reciting and applying.
+to apply mastered concepts from their name. For gap concepts the plain prompt is followed by the **misconception** in
+all but ``gap_epsilon`` of the texts: that is the induced gap between reciting and applying.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from core_torl.problem import LETTERS, Concept, Problem
 
 Render = Callable[[Problem, Concept | None], str]
 
-NONCE = "blick dax fep glorp heft jarn kiv lumo mib norp quen rist sarp tove ulm vash wug yerl zib crole".split()
+NONCE = [
+    "blick", "dax", "fep", "glorp", "heft", "jarn", "kiv", "lumo", "mib", "norp",
+    "quen", "rist", "sarp", "tove", "ulm", "vash", "wug", "yerl", "zib", "crole",
+]  # fmt: skip
 RECALL = "Recall : the {name} of {operands} is"
 
 

@@ -89,7 +89,9 @@ def make_quizzes(
         letters = concept.shape.letters
         everything = list(itertools.product(OPERAND_VALUES, repeat=len(letters)))
         rng.shuffle(everything)
-        fitting = (o for o in (dict(zip(letters, values, strict=True)) for values in everything) if _usable(concept, o, test))
+        fitting = (
+            o for o in (dict(zip(letters, values, strict=True)) for values in everything) if _usable(concept, o, test)
+        )
         for number, operands in enumerate(itertools.islice(fitting, per_concept)):
             quizzes.append(make_quiz(concept, operands, rng, f"{split}/{concept.uid}/{number}"))
     return quizzes

@@ -79,8 +79,13 @@ class ConceptWorld:
         return ProblemSets(train=train, test=test, report=report)
 
     def _train(self, gap: list[WorldConcept], mastered: list[WorldConcept]) -> list[Problem]:
-        wanted = {"gap": gap if "gap" in self.train_tags else [], "mastered": mastered if "mastered" in self.train_tags else []}
-        quizzes = {tag: make_quizzes(c, self.train_per_concept, self.seed, "train", test=False) for tag, c in wanted.items()}
+        wanted = {
+            "gap": gap if "gap" in self.train_tags else [],
+            "mastered": mastered if "mastered" in self.train_tags else [],
+        }
+        quizzes = {
+            tag: make_quizzes(c, self.train_per_concept, self.seed, "train", test=False) for tag, c in wanted.items()
+        }
         if quizzes["gap"] and quizzes["mastered"]:
             count = round(len(quizzes["gap"]) * self.mastered_share / (1 - self.mastered_share))
             rng = random.Random(f"{self.seed}/mastered-share")

@@ -1,0 +1,69 @@
+# Everything in one place: `make help` says what there is. PYTHON chooses the interpreter of the virtual environment,
+# VENV its folder, ARGS what is handed on to the command of `demo`, `test` and `bench`.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+BENCH ?= $(sort $(wildcard benchmarks/*.py))
+
+# uv does not read pip's find-links; without them it takes a CUDA build of torch where a CPU build lies at hand.
+ifneq ($(wildcard $(PIP_FIND_LINKS)),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean-outputs
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.dev  ## create .venv if there is none and install everything for development
+
+demo: $(VENV)/.run  ## train the tiny policy on concept quizzes, on CPU, with figures before and after
+	$(BIN)/core-torl-train experiment=demo $(ARGS)
+
+test: $(VENV)/.dev  ## run the test suite (ARGS='tests/config -k errors' for a part of it)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.dev  ## check style, format, types and the floors that imports may cross
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## put source files into their standard format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.bench  ## run the benchmarks, one after the other (BENCH=benchmarks/verifier.py for one)
+	@for file in $(BENCH); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || exit 1; done
+
+clean-outputs:  ## delete every run under outputs/
+	@if [ -d outputs ]; then find outputs -mindepth 1 ! -path outputs/.gitkeep -delete; fi
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "core-torl needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras; a change of pyproject.toml installs again. What was installed for development serves
+# the demo too, so these two do not undo each other.
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@if [ ! $(VENV)/.dev -nt pyproject.toml ]; then $(call install,.); fi
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@$(call install,.[dev])
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	@$(call install,.[dev$(comma)bench])
+	@touch $@ $(VENV)/.dev
+
+comma := ,
+# uv is many times faster than pip; where it cannot be had, pip does the same.
+define install
+echo "installing $(1) into $(VENV)"; \
+{ $(BIN)/python -m pip install --quiet uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '$(1)'; } \
+  || $(BIN)/python -m pip install --quiet -e '$(1)'
+endef

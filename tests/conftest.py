@@ -1,0 +1,35 @@
+"""Small policies that several rooms' tests share; nothing here depends on how the shipped policy was trained."""
+
+from __future__ import annotations
+
+import pytest
+
+WORDS = ["What", "is", "the", "sum", "of", "and", "?", ".", ":", "Question", "Answer", "trace", "matrix"]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The project's own kind of tokenizer on a handful of words; about 650 tokens."""
+    from core_torl.model.tiny_tokenizer import build_tokenizer
+
+    return build_tokenizer(WORDS, max_length=512)
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tiny_tokenizer):
+    """``make_tiny(seed)``: a very small Llama in eval mode whose distributions are far from uniform."""
+    import torch
+
+    from core_torl.model.tiny import TinyArchitecture, build_tiny
+
+    def make(seed: int = 0, scale: float = 6.0, layers: int = 2, max_length: int = 512):
+        arch = TinyArchitecture(layers=layers, width=32, heads=4, mlp=64, max_length=max_length)
+        with torch.random.fork_rng():
+            model = build_tiny(tiny_tokenizer, arch, seed)
+        with torch.no_grad():  # as initialised, attention hardly moves the output and an error in it would not show
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(scale)
+        return model.eval()
+
+    return make

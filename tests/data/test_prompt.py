@@ -1,0 +1,96 @@
+"""Guards prompts: a primed prompt differs from the plain one by the concept alone, and questions survive as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from core_torl.data.prompt import PromptTemplate
+from core_torl.problem import Concept, Problem
+
+CONF = Path(__file__).parents[2] / "conf" / "model" / "prompt"
+SHIPPED = sorted(p.stem for p in CONF.glob("*.yaml"))
+CONCEPT = Concept("s/c", "norm", "s", r"the norm $\|x\|$ is \sqrt{{x}^2} {question}")
+QUIZ = Problem("q", r"What is $\frac{1}{2}$ {options} {concept} {last} {0} {}?", "B", ("{text}", r"\{1\}", "{letter}"))
+OPEN = Problem("o", "Compute {1, 2} {question}.", "3")
+
+
+def shipped(name: str) -> PromptTemplate:
+    fields = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    return PromptTemplate(**{k: v for k, v in fields.items() if k != "defaults"})
+
+
+def template(**changes) -> PromptTemplate:
+    parts = {
+        "style": "plain",
+        "choice": "{concept}Q {question} ({options}) up to {last}",
+        "open": "{concept}Q {question}",
+        "concept": "[{name}: {text}] ",
+        "option": "{letter}={text};",
+    }
+    return PromptTemplate(**parts | changes)
+
+
+def test_both_layouts_are_filled_in():
+    assert template().user_text(QUIZ) == "Q " + QUIZ.question + r" (A={text};B=\{1\};C={letter};) up to C"
+    assert template().user_text(OPEN) == "Q Compute {1, 2} {question}."
+    assert template().user_text(OPEN, CONCEPT) == "[norm: " + CONCEPT.text + "] Q Compute {1, 2} {question}."
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("problem", [QUIZ, OPEN], ids=["choice", "open"])
+def test_only_the_concept_differs_between_plain_and_primed(name, problem):
+    shipped_template = shipped(name)
+    plain, primed = shipped_template.user_text(problem), shipped_template.user_text(problem, CONCEPT)
+    inserted = shipped_template.concept.format(text=CONCEPT.text, name=CONCEPT.name)
+    assert CONCEPT.text in inserted and CONCEPT.text not in plain
+    assert primed.count(inserted) == 1 and primed.replace(inserted, "") == plain
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_questions_and_options_survive_as_they_are(name):
+    text = shipped(name).user_text(QUIZ, CONCEPT)
+    assert text.count(QUIZ.question) == 1
+    assert all(option in text for option in QUIZ.options)
+    assert "\x00" not in text and text.index(CONCEPT.text) < text.index(QUIZ.question)
+
+
+def test_plain_style_is_the_text_with_the_tokenizers_own_start(tiny_tokenizer):
+    ids = template().encode(tiny_tokenizer, OPEN)
+    assert isinstance(ids, tuple) and ids[0] == tiny_tokenizer.bos_token_id
+    assert ids.count(tiny_tokenizer.bos_token_id) == 1 and tiny_tokenizer.eos_token_id not in ids
+    assert tiny_tokenizer.decode(list(ids[1:])) == template().user_text(OPEN)
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}#{% endfor %}"
+    "{% if add_generation_prompt %}assistant|{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("system", "start"), [("", "user|"), ("Be brief.", "system|Be brief.#user|")])
+def test_chat_style_goes_through_the_tokenizers_template_once(tiny_tokenizer, monkeypatch, system, start):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHAT)
+    ids = template(style="chat", system=system).encode(tiny_tokenizer, QUIZ, CONCEPT)
+    assert ids.count(tiny_tokenizer.bos_token_id) == 1, "the template writes the start token; it must not come twice"
+    text = template().user_text(QUIZ, CONCEPT)
+    assert tiny_tokenizer.decode(list(ids[1:])) == f"{start}{text}#assistant|"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"style": "raw"}, "model.prompt.style='raw'"),
+        ({"choice": "{question} {options}"}, "model.prompt.choice lacks {concept}"),
+        ({"choice": "{concept} {options}"}, "model.prompt.choice lacks {question}"),
+        ({"choice": "{concept} {question}"}, "model.prompt.choice lacks {options}"),
+        ({"open": "{question}"}, "model.prompt.open lacks {concept}"),
+        ({"open": "{concept}"}, "model.prompt.open lacks {question}"),
+    ],
+)
+def test_a_template_that_would_lose_something_is_refused(changes, text):
+    with pytest.raises(ValueError) as error:
+        template(**changes)
+    assert text in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,148 @@
+"""Guards loading, adapting, checkpointing and exporting a policy, and that its reference stays what it was."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core_torl.model.load import check_model, load_policy, shipped_folder
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
+IDS = torch.tensor([[1, 5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny, tiny_tokenizer, tmp_path_factory):
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    path = tmp_path_factory.mktemp("policy")
+    make_tiny(seed=21).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def change(policy) -> None:
+    """What a few optimizer steps would do, only larger."""
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in policy.model.parameters() if p.requires_grad):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_reference_stays_what_was_loaded(folder, lora):
+    policy = load_policy(path=folder, lora=lora)
+    start = logits(policy.model.eval())
+    frozen = policy.frozen_copy()
+    assert policy.adapted is (lora is not None) is (frozen is None)
+    change(policy)
+    policy.model.train()
+    part = next(m for m in policy.model.modules() if isinstance(m, torch.nn.Embedding))
+    part.eval()  # frozen on purpose; it must come back as it was
+    with policy.reference(frozen) as reference:
+        assert not reference.training
+        assert torch.allclose(logits(reference), start, atol=1e-6)
+    assert policy.model.training and not part.training
+    assert (logits(policy.model.eval()) - start).abs().max() > 0.1
+    assert frozen is None or not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_checkpoint_brings_a_policy_back(folder, lora):
+    policy = load_policy(path=folder, lora=lora)
+    change(policy)
+    state = policy.trainable_state()
+    if lora:
+        assert state and all("lora_" in name for name in state)
+    fresh = load_policy(path=folder, lora=lora)
+    assert not torch.allclose(logits(fresh.model), logits(policy.model))
+    fresh.load_state({k: v.clone() for k, v in state.items()})
+    assert torch.equal(logits(fresh.model), logits(policy.model))
+
+
+def test_a_foreign_checkpoint_is_refused(folder):
+    policy = load_policy(path=folder)
+    state = policy.trainable_state()
+    name = next(iter(state))
+    for wrong in (
+        {k: v for k, v in state.items() if k != name},
+        state | {"extra": state[name]},
+        state | {name: state[name][:-1]},
+    ):
+        with pytest.raises(ValueError, match="do not fit this model") as error:
+            policy.load_state(wrong)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_an_export_is_a_plain_transformers_folder(folder, lora, tmp_path):
+    policy = load_policy(path=folder, lora=lora)
+    change(policy)
+    policy.export(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert torch.allclose(logits(model), logits(policy.model), atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert (tmp_path / "out" / "adapter").exists() is (lora is not None)
+    assert policy.adapted is (lora is not None), "exporting leaves the policy as it was"
+    change(policy)
+
+
+def test_settings_reach_the_model(folder):
+    policy = load_policy(path=folder, dtype="bfloat16", attention="eager", gradient_checkpointing=True)
+    assert policy.model.dtype == torch.bfloat16 and policy.model.config._attn_implementation == "eager"
+    assert any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules())
+    assert policy.pad_id == 0
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(make_tiny, tiny_tokenizer, tmp_path):
+    make_tiny().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_policy(path=str(tmp_path)).pad_id == tiny_tokenizer.eos_token_id
+
+
+def test_gradients_reach_adapters_through_checkpointing(folder):
+    policy = load_policy(path=folder, lora=LORA, gradient_checkpointing=True)
+    policy.model.train()
+    policy.model(input_ids=IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in policy.model.parameters() if p.requires_grad)
+
+
+def test_the_shipped_policy_loads():
+    policy = load_policy(path="shipped:tiny")
+    assert sum(p.numel() for p in policy.model.parameters()) < 1_000_000
+    assert policy.model.config.vocab_size == len(policy.tokenizer)
+    assert shipped_folder("tiny").name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"path": "shipped:huge"}, "known: tiny"),
+        ({"path": "./nowhere"}, "no config.json there"),
+        ({"path": "a/b/c"}, "no config.json there"),
+        ({"path": "shipped:tiny", "dtype": "float8"}, "model.dtype='float8'"),
+        ({"path": "shipped:tiny", "attention": "flash"}, "model.attention='flash'"),
+    ],
+)
+def test_mistakes_are_one_line_errors_before_anything_is_loaded(settings, text):
+    for function in (lambda **s: check_model(**{"dtype": "float32", "attention": "sdpa"} | s), load_policy):
+        with pytest.raises(ValueError) as error:
+            function(**settings)
+        assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_no_model_is_a_one_line_error(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError) as error:
+        load_policy(path=str(tmp_path))
+    assert "\n" not in str(error.value)

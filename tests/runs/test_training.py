@@ -1,0 +1,137 @@
+"""A whole run through the front door: what it writes can be read back, resumed, evaluated and loaded elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from core_torl.tracking.mirror import read_jsonl
+from core_torl.tracking.offline import read_run
+from core_torl.variant.checkpoint import found, read
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    steps = found(folder / "checkpoints")
+    return read(steps[max(steps)])["state_dict"]
+
+
+def test_a_run_leaves_results_a_picture_a_policy_and_a_tracked_run(front_door, tmp_path, capsys):
+    assert front_door("train", *SMALL, "logger.tags=[mine]", f"hydra.run.dir={tmp_path}") == 0
+    printed = capsys.readouterr().out
+    assert "robust_accuracy" in printed and "gap" in printed
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["after"]["gap/greedy/robust_accuracy"]["n"] == 6
+    assert {"torch", "transformers", "core-torl"} <= results["environment"].keys()
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert (tmp_path / ".hydra" / "config.yaml").exists()
+    history = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["train/rl_step"] for row in history] == [0, 1, 2, 2]
+
+    run = read_run(tmp_path)
+    assert run.exit_code == 0 and not run.truncated
+    assert run.config["variant.lr"] == 3e-4 and run.config["group_size"] == 4
+    assert {"mine", "group_size=4"} <= set(run.tags) and run.group == "core_base-concept_world"
+    logged = {row["train/rl_step"]: row["reward/mean"] for row in run.history if "reward/mean" in row}
+    assert logged == {row["train/rl_step"]: row["reward/mean"] for row in history if "reward/mean" in row}
+    assert run.tables("samples")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    trained = weights(tmp_path)
+    assert all(torch.equal(trained[f"model.{n}"], t) for n, t in model.state_dict().items())
+    assert model.generate(**tokenizer(" a + b", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
+
+    assert front_door("evaluate", f"checkpoint={tmp_path}", "evaluation.max_problems=6", "evaluation.samples=1", "data.test_per_concept=1", "logger.mode=disabled", "model.max_new_tokens=24", f"hydra.run.dir={tmp_path / 'eval'}") == 0  # fmt: skip
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert again["estimates"] == results["after"]
+
+
+def test_a_longer_run_resumed_equals_one_in_a_single_piece_and_keeps_its_wandb_run(front_door, tmp_path):
+    quiet = [*SMALL, "evaluation.max_problems=2"]
+    assert front_door("train", *quiet, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    first = read(found(tmp_path / "a" / "checkpoints")[2])["core_torl"]["run_id"]
+    assert front_door("train", *quiet, "rl_steps=4", "resume=auto", f"hydra.run.dir={tmp_path / 'a'}") == 0
+    assert front_door("train", *quiet, "rl_steps=4", "logger.mode=disabled", f"hydra.run.dir={tmp_path / 'b'}") == 0
+    one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(one[k], two[k]) for k in two)
+    assert read(found(tmp_path / "a" / "checkpoints")[4])["core_torl"]["run_id"] == first
+    steps = [row["train/rl_step"] for row in read_jsonl(tmp_path / "a" / "metrics.jsonl") if "reward/mean" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_config_is_refused_in_one_line(front_door, tmp_path, capsys):
+    quiet = [*SMALL, "rl_steps=1", "evaluation.max_problems=1", "logger.mode=disabled", "export=false"]
+    assert front_door("train", *quiet, f"hydra.run.dir={tmp_path}") == 0
+    capsys.readouterr()
+    assert (
+        front_door(
+            "train", *quiet, "rl_steps=2", "variant.lr=1e-3", f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}"
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "variant.lr was 0.0003 and is 0.001" in error
+    assert front_door("train", *quiet, f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}") == 2
+    assert "raise rl_steps to go on" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint_and_exit_code_130(front_door, tmp_path, monkeypatch):
+    from core_torl.variant.policy_gradient import PolicyGradient
+
+    real = PolicyGradient.weigh
+
+    def weigh(self, groups):
+        if self.rl_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, groups)
+
+    monkeypatch.setattr(PolicyGradient, "weigh", weigh)
+    quiet = [
+        *SMALL,
+        "rl_steps=5",
+        "evaluation.max_problems=1",
+        "callbacks.checkpoint_every=0",
+        f"hydra.run.dir={tmp_path}",
+    ]
+    assert front_door("train", *quiet) == 130
+    assert found(tmp_path / "checkpoints").keys() == {2}
+    assert read_run(tmp_path).exit_code == 1
+    monkeypatch.undo()
+    assert front_door("train", *quiet, "resume=auto", "rl_steps=3") == 0
+
+
+def test_lora_is_one_key(front_door, tmp_path):
+    assert front_door("train", *SMALL, "rl_steps=1", "evaluation.max_problems=1", "model.lora.rank=4", "logger.mode=disabled", f"hydra.run.dir={tmp_path}") == 0  # fmt: skip
+    assert all("lora_" in name for name in weights(tmp_path))
+    assert (tmp_path / "policy" / "adapter" / "adapter_config.json").exists()
+
+
+def test_published_quizzes_train_the_tiny_policy(front_door, tmp_path):
+    shared = Path(os.environ.get("CORE_TORL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+    file = shared / "data" / "core" / "concept_quizzes.jsonl"
+    if not file.exists():
+        pytest.skip(f"the published quizzes are not at {file}; set CORE_TORL_SHARED to the folder that holds data/core")
+    small = [a for a in SMALL if not a.startswith("data.")]
+    assert front_door("train", *small, "rl_steps=1", "data=core_quizzes", f"data.path={file}", "logger.mode=disabled", f"hydra.run.dir={tmp_path}") == 0  # fmt: skip
+    report = json.loads((tmp_path / "results.json").read_text())["data"]
+    assert report["dropped_long_prompts"] < 50
+
+
+def test_a_dry_run_counts_and_loads_nothing(front_door, tmp_path, capsys, monkeypatch):
+    import core_torl.runs.training as training
+
+    monkeypatch.setattr(training, "assemble", lambda *a: pytest.fail("weights were loaded"))
+    assert front_door("train", "dry_run=true", "prompts_per_step=8", f"hydra.run.dir={tmp_path}") == 0
+    assert "8 problems x 8 answers = 64 trajectories" in capsys.readouterr().out
