@@ -56,6 +56,14 @@ def test_k3_and_k2_are_never_negative_and_k1_may_be():
     assert (kl_estimate(torch.zeros_like(gaps), gaps, "k1") < 0).any()
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_gap_beyond_the_range_of_exp_stays_finite(estimator):
+    logprobs = torch.tensor([-500.0, 0.0], requires_grad=True)
+    kl_estimate(logprobs, torch.tensor([0.0, -500.0]), estimator).sum().backward()
+    assert torch.isfinite(kl_estimate(logprobs, torch.tensor([0.0, -500.0]), estimator)).all()
+    assert torch.isfinite(logprobs.grad).all()
+
+
 def test_k3_is_exact_for_tiny_gaps():
     gap = torch.tensor([1e-4])  # exp(x) - 1 - x would lose all its digits here
     assert kl_estimate(torch.zeros(1), gap, "k3").item() == pytest.approx(0.5e-8, rel=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from core_torl.objective import logprobs as logprobs_module
 from core_torl.objective.logprobs import answer_logprobs
@@ -37,6 +38,19 @@ def test_they_equal_a_plain_forward(model, make_batch, temperature):
     for i in range(batch.rows):
         assert torch.allclose(found[i, : len(right[i])].double(), right[i], atol=1e-5)
         assert torch.allclose(entropies[i, : len(right[i])].double(), right_entropies[i], atol=1e-5)
+
+
+def test_positions_count_from_the_first_real_token(make_batch):
+    """With learned absolute positions, left padding would shift every token; rotary ones would not show it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        absolute = GPT2LMHeadModel(GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3))
+    batch = make_batch()
+    with torch.no_grad():
+        found, _ = answer_logprobs(absolute.eval(), batch)
+        right, _ = plain(absolute, batch, 1.0)
+    for i in range(batch.rows):
+        assert torch.allclose(found[i, : len(right[i])].double(), right[i], atol=1e-5)
 
 
 def test_entropy_costs_nothing_unless_it_is_asked_for(model, make_batch):

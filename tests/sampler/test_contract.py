@@ -227,6 +227,16 @@ def test_min_new_tokens_holds_back_every_end(sampler, requests, model):
     assert not set(model.generation_config.eos_token_id) & {t for g in forced for s in g for t in s.token_ids}
 
 
+def test_min_new_tokens_holds_back_stop_strings_too(make_sampler, make_tiny, tiny_tokenizer, requests):
+    sampler = make_sampler(make_tiny(), tiny_tokenizer, max_new_tokens=24)
+    request = [SampleRequest(requests[0].prompt_ids, 12, 0)]
+    stop = tiny_tokenizer.decode([sampler.generate(request)[0][0].token_ids[1]])
+    early = sampler.generate(request, SamplingConfig(24, stop=(stop,)))[0]
+    assert early[0].finish == "stop" and len(early[0].token_ids) <= 2
+    late = sampler.generate(request, SamplingConfig(24, stop=(stop,), min_new_tokens=6))[0]
+    assert min(len(s.token_ids) for s in late) > 6
+
+
 def test_one_token_can_be_asked_for(sampler, requests):
     results = sampler.generate(requests, SamplingConfig(1))
     assert {len(s.token_ids) for g in results for s in g} == {1}

@@ -113,6 +113,16 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn():
     assert ids[-1] == vocabulary - 1 and ids[0] == 0
 
 
+def test_rare_tokens_keep_their_places():
+    """A thousand tokens of probability 1e-9: sums in float32 would merge sixty of them into one."""
+    vocabulary, rare = 5000, 1000
+    logits = torch.full((rare, vocabulary), -torch.inf, dtype=torch.float32)
+    logits[:, 0], logits[:, -rare:] = 0.0, math.log(1e-9)
+    numbers = 1 - (torch.arange(rare, dtype=torch.float64) + 0.5) * 1e-9
+    ids, _ = draw(logits, SamplingConfig(1), numbers)
+    assert (ids - (vocabulary - 1 - torch.arange(rare))).abs().max() <= 1
+
+
 # --- distributions
 
 

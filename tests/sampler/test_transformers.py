@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -37,6 +38,9 @@ FITTING = {
     "mistral, no window": MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=None),
     "gemma": GemmaConfig(**SIZE, num_key_value_heads=1, head_dim=16),
     "gpt-neox": GPTNeoXConfig(**SIZE),
+    "gpt2, learned positions": GPT2Config(
+        vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.15, eos_token_id=2
+    ),
     "granite, scores scaled its own way": GraniteConfig(**SIZE, num_key_value_heads=2, attention_multiplier=0.8),
 }
 SLIDING = {

@@ -59,10 +59,20 @@ def test_two_ranks_end_with_the_weights_and_the_metrics_of_one(tmp_path):
     script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
     for ranks in (1, 2):
         command = [sys.executable, str(script), str(tmp_path), str(ranks)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2))
     for name, tensor in one["weights"].items():
         assert torch.allclose(tensor, two["weights"][name], atol=2e-5), name
-    for name in ("train/samples", "train/sampled_tokens", "reward/mean", "loss/policy", "loss/reference_kl", "policy/ratio_mean", "policy/grad_norm"):
+    for name in (
+        "train/samples",
+        "train/sampled_tokens",
+        "reward/mean",
+        "loss/policy",
+        "loss/reference_kl",
+        "policy/ratio_mean",
+        "policy/grad_norm",
+    ):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-4, rel=1e-3), name

@@ -47,7 +47,9 @@ def test_two_runs_with_one_seed_are_equal_bit_for_bit_and_another_seed_differs(m
     assert not same(weights(one), weights(other))
 
 
-@pytest.mark.parametrize("change", [{"microbatch_size": 1}, {"microbatch_size": 5}, {"skip_zero_advantage": False}])
+@pytest.mark.parametrize(
+    "change", [{"microbatch_size": 1}, {"microbatch_size": 5}, {"skip_zero_advantage": False}, {"share_prompts": False}]
+)
 def test_how_memory_is_cut_does_not_change_what_is_learned(make, change):
     one, two = weights(fit(make(rl_steps=2))), weights(fit(make(rl_steps=2, **change)))
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5

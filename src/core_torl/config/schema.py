@@ -25,6 +25,7 @@ class VariantConfig:
     microbatch_size: int = MISSING
     update_epochs: int = MISSING
     skip_zero_advantage: bool = MISSING
+    share_prompts: bool = MISSING
     first_step_gap: float | None = MISSING
     max_excluded: float = MISSING
 

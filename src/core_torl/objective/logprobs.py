@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from core_torl.objective.shared_prompts import can_share, join, prompt_groups, worth_sharing
 from core_torl.objective.token_batch import TokenBatch
 
 _SLICE_ELEMENTS = 32 * 1024 * 1024  # float32 elements of one slice: 128 MiB
@@ -31,22 +32,16 @@ def _slice_logprobs(logits: Tensor, ids: Tensor, temperature: float, entropy: bo
 
 
 def answer_logprobs(
-    model: Any, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False
+    model: Any, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False, share_prompts: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of ``batch.answer_ids`` and per-token entropies (zeros unless ``entropy``), [rows, answer length] each.
 
     Logits are divided by ``temperature``, the one the answers were sampled at, so that they are log-probs of the same
-    distribution. At padding the values are meaningless and masked by the caller.
+    distribution. ``share_prompts`` reads equal prompts once where that pays (see shared_prompts.py). At padding the
+    values are meaningless and masked by the caller.
     """
     length = batch.answer_length
-    logits = model(
-        input_ids=batch.ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, :-1]  # [rows, answer length, vocabulary]; the logits before a token predict it
-    flat, ids = logits.reshape(-1, logits.shape[-1]), batch.answer_ids.reshape(-1)
+    flat, ids = _prediction_logits(model, batch, share_prompts), batch.answer_ids.reshape(-1)
     step = max(1, _SLICE_ELEMENTS // flat.shape[-1])
     if flat.shape[0] <= step:
         chosen, entropies = _slice_logprobs(flat, ids, temperature, entropy)
@@ -57,3 +52,28 @@ def answer_logprobs(
         ]
         chosen, entropies = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     return chosen.view(-1, length), entropies.view(-1, length)
+
+
+def _prediction_logits(model: Any, batch: TokenBatch, share_prompts: bool) -> Tensor:
+    """The logits that predict each answer token: [rows * answer length, vocabulary]."""
+    length = batch.answer_length
+    if share_prompts and can_share(model):
+        groups = prompt_groups(batch)
+        if worth_sharing(groups, batch.ids.shape[1] - length, length):
+            layout = join(batch, groups, model.dtype)
+            logits = model(
+                input_ids=layout.ids,
+                attention_mask=layout.mask,
+                position_ids=layout.positions,
+                use_cache=False,
+                logits_to_keep=layout.keep,
+            ).logits
+            return logits.flatten(0, 1)[layout.predictions]
+    logits = model(
+        input_ids=batch.ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, :-1]  # [rows, answer length, vocabulary]; the logits before a token predict it
+    return logits.reshape(-1, logits.shape[-1])

@@ -27,6 +27,7 @@ from core_torl.config.errors import UserError
 from core_torl.data.stream import PromptStream, StepIndices
 from core_torl.model.load import Policy
 from core_torl.objective.logprobs import answer_logprobs
+from core_torl.objective.shared_prompts import prompt_groups
 from core_torl.objective.token_batch import TokenBatch
 from core_torl.problem import Concept, Problem
 from core_torl.sampler.protocol import Sampler, SampleRequest
@@ -66,6 +67,7 @@ class PolicyGradient(pl.LightningModule):
         microbatch_size: int = 64,
         update_epochs: int = 1,
         skip_zero_advantage: bool = True,
+        share_prompts: bool = True,
         first_step_gap: float | None = 1e-4,
         max_excluded: float = 0.5,
     ) -> None:  # fmt: skip
@@ -82,10 +84,12 @@ class PolicyGradient(pl.LightningModule):
         self.warmup_steps, self.grad_clip, self.update_epochs = warmup_steps, grad_clip, update_epochs
         self.minibatch_size = minibatch_size or group_size * prompts_per_step
         self.microbatch_size, self.skip_zero_advantage = microbatch_size, skip_zero_advantage
+        self.share_prompts = share_prompts
         self.first_step_gap, self.max_excluded = first_step_gap, max_excluded
         self.fingerprint = fingerprint
         self.rl_step = 0  # completed RL steps
         self.samples_seen = self.tokens_seen = self.updates = 0
+        self._gap_checked = False  # since this process started: a resumed run checks its sampler again
         self.last_metrics: dict[str, float] = {}
         self.last_groups: list[Group] = []
         if self.needs_concepts and any(p.concept is None for p in self.problems):
@@ -198,7 +202,9 @@ class PolicyGradient(pl.LightningModule):
         denominator = self._sum_over_ranks(self.objective.denominator(batch.train_mask[rows])).clamp(min=1)
         with self._own_gradient_sync():
             for part in self._microbatches(batch, rows):
-                logprobs, entropies = answer_logprobs(self.model, part, self.temperature, self.objective.needs_entropy)
+                logprobs, entropies = answer_logprobs(
+                    self.model, part, self.temperature, self.objective.needs_entropy, self.share_prompts
+                )
                 if batch.old_logprobs is None:
                     self._compare_with_sampler(logprobs.detach(), part)
                 loss = self.objective.loss(logprobs, entropies, part, denominator)
@@ -219,6 +225,7 @@ class PolicyGradient(pl.LightningModule):
             group["lr"] = self.lr * min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else self.lr
         optimizer.step()
         self.updates += 1
+        self._gap_checked |= self._now.compared
         self.sampler.sync(self.model.named_parameters(), str(self.updates))
         self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
 
@@ -228,7 +235,10 @@ class PolicyGradient(pl.LightningModule):
         if self.skip_zero_advantage and not (self.objective.needs_reference or self.objective.needs_entropy):
             useful &= batch.advantages[rows] != 0
         rows = rows[useful]
-        rows = rows[batch.attention_mask[rows].sum(dim=1).argsort(stable=True)]
+        if self.share_prompts and len(rows):  # answers to one prompt side by side
+            rows = rows[prompt_groups(batch.select(rows)).argsort(stable=True)]
+        else:
+            rows = rows[batch.attention_mask[rows].sum(dim=1).argsort(stable=True)]
         for start in range(0, len(rows), self.microbatch_size):
             yield batch.select(rows[start : start + self.microbatch_size])
 
@@ -238,7 +248,7 @@ class PolicyGradient(pl.LightningModule):
         result = torch.zeros_like(batch.sampled_logprobs)
         for start in range(0, batch.rows, self.microbatch_size):
             part = batch.select(slice(start, start + self.microbatch_size))
-            logprobs, _ = answer_logprobs(model, part, self.temperature)
+            logprobs, _ = answer_logprobs(model, part, self.temperature, share_prompts=self.share_prompts)
             result[start : start + part.rows, : part.answer_length] = logprobs
         return result
 
@@ -248,7 +258,7 @@ class PolicyGradient(pl.LightningModule):
         largest = float(gap.max())
         self._now.add_gap(largest, float(gap.sum()), int(part.train_mask.sum()))
         limit = self.first_step_gap
-        if limit is not None and self.rl_step == 0 and self.updates == 0 and not largest <= limit:
+        if limit is not None and not self._gap_checked and not largest <= limit:
             raise RuntimeError(
                 f"first-step check: sampler and trainer disagree by {largest:.2e} in a token's log-prob (limit "
                 f"variant.first_step_gap={limit}): they do not run the same weights, temperature or precision"

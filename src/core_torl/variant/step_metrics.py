@@ -90,6 +90,11 @@ class StepMetrics:
         self.add("policy/sampler_logprob_gap_mean", total)
         self._gap_tokens += tokens
 
+    @property
+    def compared(self) -> bool:
+        """Whether any trained token was compared with the sampler."""
+        return self._gap_tokens > 0
+
     def optimizer_step(self, grad_norm: float, lr: float) -> None:
         self.add("policy/grad_norm", grad_norm)
         self._plain["policy/lr"] = lr
