@@ -135,3 +135,12 @@ def test_a_dry_run_counts_and_loads_nothing(front_door, tmp_path, capsys, monkey
     monkeypatch.setattr(training, "assemble", lambda *a: pytest.fail("weights were loaded"))
     assert front_door("train", "dry_run=true", "prompts_per_step=8", f"hydra.run.dir={tmp_path}") == 0
     assert "8 problems x 8 answers = 64 trajectories" in capsys.readouterr().out
+
+
+def test_a_shipped_sweep_runs_each_seed_in_its_own_folder_and_its_own_tracked_run(front_door, tmp_path):
+    sweeps = Path(__file__).parents[2] / "sweeps"
+    small = [*SMALL, "evaluation.max_problems=1", "rl_steps=1", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert front_door("train", "-cd", str(sweeps), "-cn", "seeds", *small) == 0
+    one, two = (read_run(tmp_path / "sweep" / job) for job in "01")
+    assert (one.config["seed"], two.config["seed"]) == (0, 1)
+    assert one.run_id != two.run_id and one.group == two.group == "demo"

@@ -179,3 +179,22 @@ def test_lora_trains_and_stores_only_its_adapters(make, problems, tmp_path):
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, module.model.eval()(ids).logits, atol=1e-5)
         assert not torch.allclose(merged(ids).logits, plain.model.eval()(ids).logits, atol=1e-5)
+
+
+def test_a_reference_that_is_not_the_starting_policy_is_caught(make, problems):
+    module = make(rl_steps=1, objective=GRPO(kl_coef=0.1))
+    object.__setattr__(module, "_frozen", make_policy(problems, seed=9).model.eval())
+    with pytest.raises(RuntimeError, match="first-step check: the KL to the reference is off 0"):
+        fit(module)
+
+
+def test_a_first_ratio_that_is_not_one_is_caught(make):
+    class Shifted(PolicyGradient):
+        def _forward_only(self, model, batch):
+            return super()._forward_only(model, batch) - 0.01
+
+        def _compare_with_sampler(self, logprobs, part):
+            """Silent here: the ratio's own check has to speak."""
+
+    with pytest.raises(RuntimeError, match="first-step check: an importance ratio is off 1"):
+        fit(make(Shifted, rl_steps=1, minibatch_size=8))

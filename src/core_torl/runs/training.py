@@ -27,9 +27,18 @@ console = make_console()
 # What a resumed run must share with the run that wrote the checkpoint; the rest is about speed, places and length.
 _FINGERPRINT = ("seed", "group_size", "prompts_per_step", "variant", "objective", "reward", "sampler", "model", "data")
 _FREE = (
-    "microbatch_size", "share_prompts", "skip_zero_advantage", "engine", "max_rows", "workers", "wall_timeout_s", "first_step_gap", "gradient_checkpointing",
-    "max_excluded", "path",
-)  # fmt: skip
+    "microbatch_size",
+    "share_prompts",
+    "skip_zero_advantage",
+    "engine",
+    "max_rows",
+    "workers",
+    "wall_timeout_s",
+    "first_step_gap",
+    "gradient_checkpointing",
+    "max_excluded",
+    "path",
+)
 
 
 def fingerprint(cfg: DictConfig) -> dict[str, Any]:

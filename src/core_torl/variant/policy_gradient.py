@@ -208,6 +208,7 @@ class PolicyGradient(pl.LightningModule):
                 if batch.old_logprobs is None:
                     self._compare_with_sampler(logprobs.detach(), part)
                 loss = self.objective.loss(logprobs, entropies, part, denominator)
+                self._check_first_update(loss)
                 self.manual_backward(loss.total)
                 self._now.add_loss(loss, entropies, part.train_mask)
             auxiliary = self.auxiliary_loss(batch, rows)
@@ -263,6 +264,19 @@ class PolicyGradient(pl.LightningModule):
                 f"first-step check: sampler and trainer disagree by {largest:.2e} in a token's log-prob (limit "
                 f"variant.first_step_gap={limit}): they do not run the same weights, temperature or precision"
             )
+
+    def _check_first_update(self, loss: Any) -> None:
+        """Before a run's first update nothing has moved: every ratio is 1 and the KL to the reference is 0."""
+        limit = self.first_step_gap
+        if limit is None or self.updates > 0:
+            return
+        ratio, kl = float(loss.ratio_max) - 1, float(loss.reference_kl)
+        for name, value in (("an importance ratio is off 1", ratio), ("the KL to the reference is off 0", kl)):
+            if not abs(value) <= limit and float(loss.tokens) > 0:
+                raise RuntimeError(
+                    f"first-step check: {name} by {value:.2e} before the first update (limit variant.first_step_gap="
+                    f"{limit}): two forward passes of one policy differ; is dropout on, or the reference another model?"
+                )
 
     def _clip(self) -> Tensor:
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
