@@ -64,6 +64,6 @@ comma := ,
 # uv is many times faster than pip; where it cannot be had, pip does the same.
 define install
 echo "installing $(1) into $(VENV)"; \
-{ $(BIN)/python -m pip install --quiet uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '$(1)'; } \
+{ $(BIN)/python -m pip install --quiet uv && $(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '$(1)'; } \
   || $(BIN)/python -m pip install --quiet -e '$(1)'
 endef

@@ -39,7 +39,7 @@ def test_a_run_leaves_results_a_picture_a_policy_and_a_tracked_run(front_door, t
 
     run = read_run(tmp_path)
     assert run.exit_code == 0 and not run.truncated
-    assert run.config["variant.lr"] == 3e-4 and run.config["group_size"] == 4
+    assert run.config["variant.lr"] == 1e-4 and run.config["group_size"] == 4
     assert {"mine", "group_size=4"} <= set(run.tags) and run.group == "core_base-concept_world"
     logged = {row["train/rl_step"]: row["reward/mean"] for row in run.history if "reward/mean" in row}
     assert logged == {row["train/rl_step"]: row["reward/mean"] for row in history if "reward/mean" in row}
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_config_is_refused_in_one_line(front_door, tmp_p
         == 2
     )
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "variant.lr was 0.0003 and is 0.001" in error
+    assert error.count("\n") == 1 and "variant.lr was 0.0001 and is 0.001" in error
     assert front_door("train", *quiet, f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}") == 2
     assert "raise rl_steps to go on" in capsys.readouterr().err
 

@@ -114,7 +114,7 @@ class TransformersSampler:
         training = [(module, module.training) for module in self.model.modules()]  # parts may be frozen in eval mode
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 yield
         finally:
             for module, mode in training:
