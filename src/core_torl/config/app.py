@@ -25,7 +25,7 @@ from core_torl.config.schema import register
 
 # What a place to write to can be refused for. Any other OSError is no mistake in a configuration.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_UNWRITABLE = {*_FULL, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_UNWRITABLE = {*_FULL, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def run_app(config_name: str, task: Callable[[DictConfig], Any]) -> None:
