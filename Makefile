@@ -11,6 +11,11 @@ ifneq ($(wildcard $(PIP_FIND_LINKS)),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
+# Nor does it read pip's certificate setting, which matters behind a proxy of one's own.
+ifneq ($(PIP_CERT),)
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench clean-outputs
 

@@ -112,7 +112,8 @@ def train(cfg: DictConfig) -> float:
             return 0.0
         if saver.interrupted:
             console.print(
-                f"Interrupted after RL step {module.rl_step}. Go on with the same command and hydra.run.dir={output} resume=auto"
+                f"Interrupted after RL step {module.rl_step}. "
+                f"Go on with the same command and hydra.run.dir={output} resume=auto"
             )
             raise SystemExit(130)
         headline = finish(cfg, parts, module, tracker, before, output)
