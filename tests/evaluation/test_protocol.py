@@ -149,3 +149,35 @@ def test_a_limited_set_is_a_seeded_choice_and_per_concept_rows_add_up():
 def test_impossible_settings_are_named(settings, key):
     with pytest.raises(ValueError, match=key):
         Evaluation(**settings)
+
+
+def test_intervals_resample_concepts_and_never_claim_certainty():
+    """Ten concepts of ten quizzes each, all right or all wrong: the interval is that of ten draws, not of a hundred."""
+    sets = {"s": [quiz(i, concept=replace(CONCEPT, uid=f"c{i // 10}")) for i in range(100)]}
+
+    def half(text, i):
+        return knows(text, i) if int(text.split("|")[0].split()[-1]) // 10 % 2 else "\\boxed{Z}"
+
+    evaluation, results, _ = run(half, sets, permutations=0)
+    share = evaluation.estimates(results)["s/greedy/accuracy"]
+    assert share.value == 0.5 and share.n == 100 and share.high - share.low > 0.4
+    none = evaluation.estimates(run(lambda *_: "nothing", sets, samples=2)[1])["s/sampled/robust_accuracy"]
+    assert none.value == 0 and none.high > 0.02
+
+
+def test_truncated_sampling_reaches_a_sampled_evaluation():
+    sampler = Oracle(knows)
+    sampler.sampling = SamplingConfig(8, top_p=0.9)
+    reward = Correctness()
+    Evaluation(permutations=0, samples=1).run({"s": [quiz(0)]}, sampler, encode, reward, Words())
+    reward.close()
+    assert [c.top_p for c in sampler.calls] == [1.0, 0.9]
+
+
+def test_the_independence_reference_knows_that_concepts_differ():
+    """Half the concepts always right, half never: independent orders at those rates are robust half of the time."""
+    sets = {"s": [quiz(i, concept=replace(CONCEPT, uid=f"c{i % 2}")) for i in range(8)]}
+    evaluation, results, _ = run(lambda t, i: knows(t, i) if int(t.split("|")[0].split()[-1]) % 2 else "no", sets)
+    metrics = evaluation.metrics(results)
+    assert metrics["eval/s/greedy/independence_reference"] == pytest.approx(0.5)
+    assert metrics["eval/s/greedy/mean_over_orders"] == pytest.approx(0.5)

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_config_is_refused_in_one_line(front_door, tmp_p
     )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "variant.lr was 0.0001 and is 0.001" in error
-    assert front_door("train", *quiet, f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}") == 2
+    assert front_door("train", *quiet, "resume=auto", f"hydra.run.dir={tmp_path}") == 2
     assert "raise rl_steps to go on" in capsys.readouterr().err
 
 
@@ -144,3 +144,20 @@ def test_a_shipped_sweep_runs_each_seed_in_its_own_folder_and_its_own_tracked_ru
     one, two = (read_run(tmp_path / "sweep" / job) for job in "01")
     assert (one.config["seed"], two.config["seed"]) == (0, 1)
     assert one.run_id != two.run_id and one.group == two.group == "demo"
+
+
+def test_a_run_stopped_before_its_results_can_be_finished(front_door, tmp_path):
+    quiet = [*SMALL, "evaluation.max_problems=2", "logger.mode=disabled", f"hydra.run.dir={tmp_path}"]
+    assert front_door("train", *quiet) == 0
+    before = json.loads((tmp_path / "results.json").read_text())["after"]
+    (tmp_path / "results.json").unlink()
+    assert front_door("train", *quiet, "resume=auto") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["after"] == before
+
+
+def test_other_training_problems_are_another_run(front_door, tmp_path, capsys):
+    quiet = [*SMALL, "rl_steps=1", "evaluation.max_problems=1", "logger.mode=disabled", "export=false"]
+    assert front_door("train", *quiet, f"hydra.run.dir={tmp_path}") == 0
+    capsys.readouterr()
+    assert front_door("train", *quiet, "data.train_per_concept=5", "rl_steps=2", f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}") == 2  # fmt: skip
+    assert "training problems was" in capsys.readouterr().err

@@ -19,27 +19,13 @@ from core_torl.data.concept_world.source import ConceptWorld
 from core_torl.objective.grpo import GRPO
 from core_torl.sampler.transformers import TransformersSampler
 from core_torl.variant.core_base import CoreBase
-from core_torl.variant.policy_gradient import stream_seed
-from core_torl.sampler.protocol import SampleRequest
 from tests.variant.conftest import TEMPLATE, Evenness, make_policy
 
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
 
-class ByProblem(CoreBase):
-    # Seeds by problem alone, so that a problem's answers are the same whichever rank samples them.
-    def sample(self, problems):
-        real, self.encode_requests = self.sampler.generate, None
-        def generate(requests):
-            return real([SampleRequest(r.prompt_ids, r.n, stream_seed(self.rl_step, str(r.prompt_ids))) for r in requests])
-        self.sampler.generate = generate
-        try:
-            return super().sample(problems)
-        finally:
-            self.sampler.generate = real
-
 problems = ConceptWorld(train_per_concept=2, test_per_concept=1).load().train[:20]
 policy = make_policy(problems)
-module = ByProblem(
+module = CoreBase(
     policy=policy, sampler=TransformersSampler(policy.model, policy.tokenizer, max_new_tokens=6), reward_function=Evenness(),
     objective=GRPO(kl_coef=0.01), problems=problems, encode=lambda p, c: TEMPLATE.encode(policy.tokenizer, p, c), rl_steps=3,
     group_size=4, prompts_per_step=4, seed=0, temperature=1.0, fingerprint={{}}, lr=1e-2,

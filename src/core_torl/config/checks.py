@@ -30,6 +30,7 @@ def check_train(cfg: DictConfig) -> None:
     if not 0 <= cfg.variant.max_excluded <= 1:
         raise UserError(f"variant.max_excluded={cfg.variant.max_excluded}: a share between 0 and 1")
     check_minibatch(cfg)
+    check_precision(cfg)
     check_truncated_sampling(cfg)
     check_replaced(cfg)
     _check_shared(cfg)
@@ -39,6 +40,10 @@ def check_evaluate(cfg: DictConfig) -> None:
     """The same for an evaluation."""
     check_keys(cfg)
     _check_shared(cfg)
+    if cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: an evaluation runs in one process; use trainer=cpu or gpu"
+        )
 
 
 def check_warm_start(cfg: DictConfig) -> None:
@@ -86,6 +91,19 @@ def check_minibatch(cfg: DictConfig) -> None:
             f"variant.minibatch_size={size} does not divide group_size * prompts_per_step = {cfg.group_size} * "
             f"{cfg.prompts_per_step} = {total} evenly over {ranks} process(es): use {close}, or null for one update "
             f"a step"
+        )
+
+
+def check_precision(cfg: DictConfig) -> None:
+    """Trained weights in 16 bits lose updates: at lr 1e-6 they are smaller than the distance to the next number."""
+    if cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision}: small updates of 16-bit weights round away; use bf16-mixed"
+        )
+    if cfg.model.dtype != "float32" and cfg.model.lora.rank == 0:
+        raise UserError(
+            f"model.dtype={cfg.model.dtype} without LoRA: small updates of 16-bit weights round away; use "
+            "model.dtype=float32 with trainer.precision=bf16-mixed, or model.lora.rank=16"
         )
 
 

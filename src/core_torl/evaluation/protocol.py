@@ -2,13 +2,14 @@
 
 Robust accuracy counts a quiz only if it and three permutations of its options are **all** answered right (CORE, section
 3.3.2 and Table 1): a policy that prefers a letter, or guesses, loses it first. It falls with sampling noise alone, so
-the accuracy over all orders, its fourth power (what independent errors would give) and the share of quizzes with the
-same content chosen in every order stand beside it. The concept is never in the prompt: this module has no way to put
-it there, since it renders problems through ``encode(problem, None)``.
+the accuracy over all orders, what independent errors at each concept's own rate would give, and the share of quizzes
+with the same content chosen in every order stand beside it. The concept is never in the prompt: this module has no way
+to put it there, since it renders problems through ``encode(problem, None)``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -39,6 +40,7 @@ class Item:
     consistency: float | None
     unparsed: float
     truncated: float
+    orders: int
     excluded: float
 
 
@@ -127,7 +129,7 @@ class Evaluation:
                 (
                     "sampled",
                     self.samples,
-                    SamplingConfig(limit, temperature=self.temperature, stop=sampler.sampling.stop),
+                    dataclasses.replace(sampler.sampling, temperature=self.temperature),
                 )
             )
         chosen = {name: self.choose(problems, name) for name, problems in sets.items()}
@@ -171,18 +173,33 @@ class Evaluation:
     # ---- numbers -------------------------------------------------------------------------------------------------
 
     def estimates(self, results: Sequence[SetResult]) -> dict[str, Estimate]:
-        """``set/decoding/measure`` -> estimate. Greedy shares get Wilson's interval, sampled ones a bootstrap."""
+        """``set/decoding/measure`` -> estimate; ``n`` counts problems.
+
+        Problems of one concept stand or fall together, so whole concepts are resampled where they are known; without
+        concepts greedy shares get Wilson's interval and sampled ones a bootstrap over problems. Wilson's also takes the
+        place of a bootstrap that has no width because all problems agree.
+        """
         found: dict[str, Estimate] = {}
         for result in results:
             for measure in ("accuracy", "robust_accuracy"):
                 values = list(result.values(measure).values())
                 if not values:
                     continue
-                if result.decoding == "greedy":
-                    found[f"{result.label}/{measure}"] = wilson(round(sum(values)), len(values), self.confidence)
-                else:
-                    found[f"{result.label}/{measure}"] = bootstrap_mean(values, self.confidence, self.seed)
+                found[f"{result.label}/{measure}"] = self._share(result, list(result.values(measure)), values)
         return found
+
+    def _share(self, result: SetResult, uids: list[str], values: list[float]) -> Estimate:
+        concepts = {i.uid: i.concept for i in result.items}
+        if set(values) in ({0.0}, {1.0}):
+            return wilson(round(sum(values)), len(values), self.confidence)
+        if all(concepts[u] is not None for u in uids) and len({concepts[u] for u in uids}) > 1:
+            # A mean is a difference to nothing.
+            clusters = [concepts[u] for u in uids]
+            share = paired_difference([0.0] * len(values), values, clusters, self.confidence, self.seed)
+            return dataclasses.replace(share, n=len(values))
+        if result.decoding == "greedy":
+            return wilson(round(sum(values)), len(values), self.confidence)
+        return bootstrap_mean(values, self.confidence, self.seed)
 
     def differences(self, before: Sequence[SetResult], after: Sequence[SetResult]) -> dict[str, Estimate]:
         """Gain of ``after`` over ``before`` on the same problems, resampling whole concepts where they are known."""
@@ -213,7 +230,7 @@ class Evaluation:
             base = f"eval/{result.label}"
             mean = float(np.mean([i.mean_over_orders for i in result.items]))
             flat[f"{base}/mean_over_orders"] = mean
-            flat[f"{base}/independence_reference"] = mean**result.orders
+            flat[f"{base}/independence_reference"] = _independent(result.items)
             consistency = [i.consistency for i in result.items if i.consistency is not None]
             if consistency:
                 flat[f"{base}/consistency"] = float(np.mean(consistency))
@@ -255,8 +272,17 @@ def _item(problem: Problem, orders: list[tuple[tuple[int, ...], list[Trajectory]
         consistency=float(np.mean(same)) if several else None,
         unparsed=float(np.mean([_score(t).outcome == "unparsed_prediction" for t in flat])),
         truncated=float(np.mean([t.truncated for t in flat])),
+        orders=len(orders),
         excluded=float(np.mean([_score(t).value is None for t in flat])),
     )
+
+
+def _independent(items: Sequence[Item]) -> float:
+    """Robust accuracy to expect if a concept's answers were right independently, each at that concept's own rate."""
+    rates: dict[str | None, list[float]] = {}
+    for item in items:
+        rates.setdefault(item.concept, []).append(item.mean_over_orders)
+    return float(np.mean([float(np.mean(rates[i.concept])) ** i.orders for i in items]))
 
 
 def _score(trajectory: Trajectory) -> Score:

@@ -28,6 +28,7 @@ class Loss:
     reference_kl: Tensor
     ratio_sum: Tensor
     ratio_max: Tensor
+    ratio_gap: Tensor
     clipped: Tensor
     old_kl: Tensor
     tokens: Tensor
@@ -67,6 +68,11 @@ class GRPO:
         ):
             if value < 0:
                 raise ValueError(f"objective.{key}={value}: must not be negative")
+        if kl_estimator == "k1" and kl_coef > 0:
+            # d/dtheta of -log r on the policy's own samples is the score function, whose mean is zero.
+            raise ValueError(
+                "objective.kl_estimator=k1 in the loss has a gradient of mean zero and pulls nowhere: use k3 or k2"
+            )
         if clip_low >= 1:
             raise ValueError(f"objective.clip_low={clip_low}: must be below 1, or a ratio could be clipped to zero")
         self.clip_low, self.clip_high, self.normalize = clip_low, clip_high, normalize
@@ -129,6 +135,7 @@ class GRPO:
                 reference_kl=reference_kl.detach(),
                 ratio_sum=(ratio * trained).sum(),
                 ratio_max=torch.where(mask, ratio, 0.0).max(),
+                ratio_gap=torch.where(mask, (ratio - 1).abs(), 0.0).max(),
                 clipped=outside.sum().float(),
                 old_kl=((torch.expm1(-log_ratio) + log_ratio) * trained).sum(),
                 tokens=trained.sum(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import warnings
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from core_torl.config import UserError, build
+from core_torl.data.base import ProblemSets
 from core_torl.evaluation.protocol import Evaluation, SetResult
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, SampleTables
@@ -25,7 +27,18 @@ from core_torl.variant.policy_gradient import PolicyGradient
 
 console = make_console()
 # What a resumed run must share with the run that wrote the checkpoint; the rest is about speed, places and length.
-_FINGERPRINT = ("seed", "group_size", "prompts_per_step", "variant", "objective", "reward", "sampler", "model", "data")
+_FINGERPRINT = (
+    "seed",
+    "group_size",
+    "prompts_per_step",
+    "variant",
+    "objective",
+    "reward",
+    "sampler",
+    "model",
+    "data",
+    "trainer",
+)
 _FREE = (
     "microbatch_size",
     "share_prompts",
@@ -38,11 +51,16 @@ _FREE = (
     "gradient_checkpointing",
     "max_excluded",
     "path",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "threads",
 )
 
 
-def fingerprint(cfg: DictConfig) -> dict[str, Any]:
-    """Flat, plain settings that decide what a run computes."""
+def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
+    """Flat, plain settings that decide what a run computes, and a hash of what it trains on."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, path: str) -> None:
@@ -54,6 +72,7 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
 
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     walk({k: tree[k] for k in _FINGERPRINT}, "")
+    flat["training problems"] = hashlib.sha256(repr(problems.train).encode()).hexdigest()[:16]
     return flat
 
 
@@ -63,15 +82,16 @@ def train(cfg: DictConfig) -> float:
     main = is_main_process()
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     output = Path(cfg.paths.output_dir)
-    marks = fingerprint(cfg)
     checkpoint = resolve(cfg.resume, output)
     saved = read(checkpoint)["core_torl"] if checkpoint else None
-    if checkpoint and saved:
-        check_fingerprint(checkpoint, saved["fingerprint"], marks)
-        if saved["rl_step"] >= cfg.rl_steps:
-            raise UserError(f"{checkpoint} has all {saved['rl_step']} RL steps already: raise rl_steps to go on")
     prepared = prepare(cfg)
     check_enough(cfg, prepared)
+    marks = fingerprint(cfg, prepared.problems)
+    if checkpoint and saved:
+        check_fingerprint(checkpoint, saved["fingerprint"], marks)
+        # With all steps done but no results the run goes on to write them: it was stopped in between.
+        if saved["rl_step"] > cfg.rl_steps or (saved["rl_step"] == cfg.rl_steps and (output / "results.json").exists()):
+            raise UserError(f"{checkpoint} has all {saved['rl_step']} RL steps already: raise rl_steps to go on")
     if main:
         print_config_tree(tree, console)
     parts = assemble(cfg, prepared)

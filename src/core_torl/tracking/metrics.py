@@ -57,16 +57,20 @@ _ROLLOUT = (
     Metric("rollout/length_mean", "tokens", "mean length of an answer"),
     Metric("rollout/length_max", "tokens", "longest answer of the step"),
     Metric("rollout/truncated", SHARE, "answers cut by the token limit"),
-    Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens over the wall time of sampling"),
+    Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens over the wall time of sampling, all ranks"),
 )
 _LOSS = (
     Metric("loss/policy", NAT, "policy loss, its sign turned so that lower is better"),
     Metric("loss/total", NAT, "what the optimizer descends: policy, reference and auxiliary terms together"),
-    Metric("loss/reference_kl", NAT, "penalty for leaving the reference policy, weight included"),
+    Metric("loss/reference_kl", NAT, "estimated KL to the reference policy, before its weight objective.kl_coef"),
     Metric("loss/auxiliary", NAT, "what the variant adds, weight included"),
 )
 _POLICY = (
-    Metric("policy/entropy", "nat/token", "mean entropy of the next-token distribution over trained tokens"),
+    Metric(
+        "policy/entropy",
+        "nat/token",
+        "mean entropy of the next-token distribution over trained tokens; only with an entropy bonus",
+    ),
     Metric("policy/ratio_mean", "ratio", "mean importance ratio, current over old policy"),
     Metric("policy/ratio_max", "ratio", "largest importance ratio of the step"),
     Metric("policy/clip_fraction", SHARE, "trained tokens whose gradient the clip removes"),
@@ -77,7 +81,7 @@ _POLICY = (
     Metric("policy/lr", "1", "learning rate of the last optimizer step"),
 )
 _TIME = (
-    Metric("time/step_s", SECOND, "wall time of the whole RL step"),
+    Metric("time/step_s", SECOND, "wall time of the whole RL step, logging and callbacks aside"),
     Metric("time/sample_s", SECOND, "wall time of sampling, tools included"),
     Metric("time/reward_s", SECOND, "wall time of rewarding"),
     Metric("time/learn_s", SECOND, "wall time of the forward, backward and optimizer passes"),
@@ -86,7 +90,11 @@ _EVAL_MEASURES = (
     ("accuracy", SHARE, "answers that are right; one that could not be judged counts as not right"),
     ("robust_accuracy", SHARE, "quizzes answered rightly in every order of their options"),
     ("mean_over_orders", SHARE, "right answers, averaged over the orders of the options"),
-    ("independence_reference", SHARE, "robust accuracy to expect if the orders were answered independently"),
+    (
+        "independence_reference",
+        SHARE,
+        "robust accuracy to expect if orders were answered independently, each at its concept's own rate",
+    ),
     ("consistency", SHARE, "quizzes whose chosen option text is the same in every order"),
     ("accuracy_low", SHARE, "lower end of the interval of accuracy"),
     ("accuracy_high", SHARE, "upper end of the interval of accuracy"),

@@ -89,7 +89,7 @@ class PolicyGradient(pl.LightningModule):
         self.fingerprint = fingerprint
         self.rl_step = 0  # completed RL steps
         self.samples_seen = self.tokens_seen = self.updates = 0
-        self._gap_checked = False  # since this process started: a resumed run checks its sampler again
+        self._first_checked = False  # since this process started: a resumed run checks its sampler again
         self.last_metrics: dict[str, float] = {}
         self.last_groups: list[Group] = []
         if self.needs_concepts and any(p.concept is None for p in self.problems):
@@ -105,7 +105,7 @@ class PolicyGradient(pl.LightningModule):
         if step != self.rl_step:
             raise RuntimeError(f"the loader is at RL step {step}, the policy at {self.rl_step}")
         torch.manual_seed(stream_seed(self.seed, "step", step, self.global_rank) % 2**63)
-        self._now = StepMetrics()
+        self._now, started = StepMetrics(), time.perf_counter()
         with self._now.timed("time/sample_s"):
             groups = self.sample(self._problems_of(step))
         with self._now.timed("time/reward_s"):
@@ -118,6 +118,7 @@ class PolicyGradient(pl.LightningModule):
         token_batch = self.weigh(groups)
         with self._now.timed("time/learn_s"):
             self.learn(token_batch)
+        self._now.update({"time/step_s": time.perf_counter() - started})
         self.rl_step = step + 1
         self._report(groups)
 
@@ -125,7 +126,10 @@ class PolicyGradient(pl.LightningModule):
         """N trajectories for each problem, under the plain prompt."""
         requests = [
             SampleRequest(
-                self.encode(p, None), self.group_size, stream_seed(self.seed, "sample", self.rl_step, p.uid, i)
+                self.encode(p, None),
+                self.group_size,
+                # The place among all ranks, so that a problem's answers do not depend on the number of ranks.
+                stream_seed(self.seed, "sample", self.rl_step, p.uid, self.global_rank + i * self._ranks),
             )
             for i, p in enumerate(problems)
         ]
@@ -145,7 +149,9 @@ class PolicyGradient(pl.LightningModule):
         flat = [t for g in groups for t in g.trajectories]
         for trajectory, score in zip(flat, self._parts["reward"].score(flat), strict=True):
             trajectory.score = score
-        excluded = sum(t.score is None or t.score.value is None for t in flat) / len(flat)
+        unjudged = sum(t.score is None or t.score.value is None for t in flat)
+        counts = self._sum_over_ranks(torch.tensor([unjudged, len(flat)], dtype=torch.float64, device=self.device))
+        excluded = float(counts[0] / counts[1])  # of all ranks: one that stopped alone would leave the others waiting
         if excluded > self.max_excluded:
             raise RuntimeError(
                 f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
@@ -208,13 +214,14 @@ class PolicyGradient(pl.LightningModule):
                 if batch.old_logprobs is None:
                     self._compare_with_sampler(logprobs.detach(), part)
                 loss = self.objective.loss(logprobs, entropies, part, denominator)
-                self._check_first_update(loss)
                 self.manual_backward(loss.total)
                 self._now.add_loss(loss, entropies, part.train_mask)
             auxiliary = self.auxiliary_loss(batch, rows)
             if auxiliary is not None:
                 self.manual_backward(auxiliary)
                 self._now.add("loss/auxiliary", float(auxiliary.detach()))
+                self._now.add("loss/total", float(auxiliary.detach()))
+        self._check_first_update()
         for parameter in self._trained():
             if parameter.grad is None:  # no row of this rank had anything to learn from
                 parameter.grad = torch.zeros_like(parameter)
@@ -226,7 +233,6 @@ class PolicyGradient(pl.LightningModule):
             group["lr"] = self.lr * min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else self.lr
         optimizer.step()
         self.updates += 1
-        self._gap_checked |= self._now.compared
         self.sampler.sync(self.model.named_parameters(), str(self.updates))
         self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
 
@@ -254,28 +260,34 @@ class PolicyGradient(pl.LightningModule):
         return result
 
     def _compare_with_sampler(self, logprobs: Tensor, part: TokenBatch) -> None:
-        """The log-prob gap between trainer and sampler on trained tokens: logged always, checked on the first step."""
+        """Record the log-prob gap between trainer and sampler on trained tokens."""
         gap = torch.where(part.train_mask, (logprobs - part.sampled_logprobs).abs(), 0.0)
-        largest = float(gap.max())
-        self._now.add_gap(largest, float(gap.sum()), int(part.train_mask.sum()))
-        limit = self.first_step_gap
-        if limit is not None and not self._gap_checked and not largest <= limit:
-            raise RuntimeError(
-                f"first-step check: sampler and trainer disagree by {largest:.2e} in a token's log-prob (limit "
-                f"variant.first_step_gap={limit}): they do not run the same weights, temperature or precision"
-            )
+        self._now.add_gap(float(gap.max()), float(gap.sum()), int(part.train_mask.sum()))
 
-    def _check_first_update(self, loss: Any) -> None:
-        """Before a run's first update nothing has moved: every ratio is 1 and the KL to the reference is 0."""
+    def _check_first_update(self) -> None:
+        """Before a process's first update nothing has moved: sampler and trainer agree, ratios are 1.
+
+        Before a run's very first one the KL to the reference is 0 as well. All ranks look at the largest values of any
+        rank, so that they stop together. Raises RuntimeError.
+        """
         limit = self.first_step_gap
-        if limit is None or self.updates > 0:
+        if limit is None or self._first_checked:
             return
-        ratio, kl = float(loss.ratio_max) - 1, float(loss.reference_kl)
-        for name, value in (("an importance ratio is off 1", ratio), ("the KL to the reference is off 0", kl)):
-            if not abs(value) <= limit and float(loss.tokens) > 0:
+        seen = torch.tensor([*self._now.deviations(), float(self._now.compared)], device=self.device)
+        if self._ranks > 1:
+            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        gap, ratio, kl, compared = seen.tolist()
+        self._first_checked = compared > 0
+        faults = {
+            "sampler and trainer disagree in a token's log-prob": gap,
+            "an importance ratio is off 1": ratio,
+            "the KL to the reference is off 0": kl if self.updates == 0 else 0.0,
+        }
+        for fault, value in faults.items():
+            if not value <= limit:
                 raise RuntimeError(
-                    f"first-step check: {name} by {value:.2e} before the first update (limit variant.first_step_gap="
-                    f"{limit}): two forward passes of one policy differ; is dropout on, or the reference another model?"
+                    f"first-step check: {fault} by {value:.2e} (limit variant.first_step_gap={limit}): the passes do "
+                    "not run the same weights, temperature or precision, or dropout is on"
                 )
 
     def _clip(self) -> Tensor:
@@ -327,7 +339,7 @@ class PolicyGradient(pl.LightningModule):
         self.samples_seen += int(samples)
         self.tokens_seen += int(tokens)
         self.last_groups = groups
-        self.last_metrics = self._now.finish(self._ranks, self.device) | {
+        self.last_metrics = self._now.finish(self._ranks, self.device, self.objective.needs_entropy) | {
             "train/rl_step": self.rl_step,
             "train/samples": self.samples_seen,
             "train/sampled_tokens": self.tokens_seen,
@@ -365,10 +377,7 @@ class PolicyGradient(pl.LightningModule):
         # Lightning would take a checkpoint of a finished epoch for the end of all training and run no further step.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False
+
+    def on_train_start(self) -> None:
+        # Not in on_load_checkpoint, which runs before the weights are loaded.
         self.sampler.sync(self.model.named_parameters(), str(self.updates))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.last_metrics["time/step_s"] = time.perf_counter() - self._started

@@ -52,7 +52,7 @@ class StepMetrics:
         # Every rank reports the same names, also one whose rows had nothing to train on.
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
         self._plain: dict[str, float] = {"policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0}
-        self._tokens = self._gap_tokens = self._updates = 0.0
+        self._tokens = self._gap_tokens = self._updates = self._ratio_gap = 0.0
 
     def update(self, metrics: dict[str, float]) -> None:
         self._plain.update(metrics)
@@ -83,6 +83,7 @@ class StepMetrics:
         self.add("policy/old_kl", float(loss.old_kl))
         self.add("policy/entropy", float((entropies.detach() * mask).sum()))
         self._largest("policy/ratio_max", float(loss.ratio_max))
+        self._ratio_gap = max(self._ratio_gap, float(loss.ratio_gap))
         self._tokens += float(loss.tokens)
 
     def add_gap(self, largest: float, total: float, tokens: int) -> None:
@@ -95,13 +96,20 @@ class StepMetrics:
         """Whether any trained token was compared with the sampler."""
         return self._gap_tokens > 0
 
+    def deviations(self) -> tuple[float, float, float]:
+        """Largest sampler gap, largest distance of a ratio from 1, and the KL to the reference, so far."""
+        return self._plain["policy/sampler_logprob_gap_max"], self._ratio_gap, abs(self._sums["loss/reference_kl"])
+
     def optimizer_step(self, grad_norm: float, lr: float) -> None:
         self.add("policy/grad_norm", grad_norm)
         self._plain["policy/lr"] = lr
         self._updates += 1
 
-    def finish(self, ranks: int, device: torch.device) -> dict[str, float]:
-        """All metrics of the step, averaged over ranks (the largest where the name says so)."""
+    def finish(self, ranks: int, device: torch.device, entropy: bool) -> dict[str, float]:
+        """All metrics of the step, averaged over ranks (the largest where the name says so).
+
+        ``entropy`` says whether it was computed.
+        """
         sums = torch.tensor(
             [self._sums[n] for n in _SUMS] + [self._tokens, self._gap_tokens], dtype=torch.float64, device=device
         )
@@ -122,4 +130,8 @@ class StepMetrics:
                 result[name] = total / max(1.0, self._updates) / ranks
             else:
                 result[name] = total / max(1.0, gap_tokens if "gap" in name else tokens)
+        if "rollout/tokens_per_s" in result:  # ranks sample side by side
+            result["rollout/tokens_per_s"] *= ranks
+        if not entropy:  # it was not computed; a zero would read as a collapse
+            del result["policy/entropy"]
         return result
