@@ -70,7 +70,8 @@ def test_the_shipped_policy_has_the_gap_that_its_card_claims():
     assert figures["recites its definitions, greedy"][0] > 0.95
     assert figures["mastered, plain, greedy/accuracy"][0] > 0.8
     # Three of four are right with the definition in the prompt: far above chance and above anything without it.
-    assert figures["gap, primed, greedy/accuracy"][1] > 0.6
+    assert figures["gap, primed, greedy/accuracy"][0] > 0.7
+    assert figures["gap, primed, greedy/accuracy"][1] > 2 * figures["gap, plain, greedy/accuracy"][2]
     assert figures["mastered, primed, greedy/accuracy"][0] > 0.9
     assert figures["gap, plain, greedy/accuracy"][2] < 0.25  # the whole interval below chance
     card = (SHIPPED / "README.md").read_text()
