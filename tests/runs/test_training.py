@@ -38,7 +38,7 @@ def test_a_run_leaves_results_a_picture_a_policy_and_a_tracked_run(front_door, t
     assert [row["train/rl_step"] for row in history] == [0, 1, 2, 2]
 
     run = read_run(tmp_path)
-    assert run.exit_code == 0 and not run.truncated
+    assert run.exit_code == 0 and not run.truncated and run.job_type == "train"
     assert run.config["variant.lr"] == 1e-4 and run.config["group_size"] == 4
     assert {"mine", "group_size=4"} <= set(run.tags) and run.group == "core_base-concept_world"
     logged = {row["train/rl_step"]: row["reward/mean"] for row in run.history if "reward/mean" in row}
@@ -53,9 +53,10 @@ def test_a_run_leaves_results_a_picture_a_policy_and_a_tracked_run(front_door, t
     assert all(torch.equal(trained[f"model.{n}"], t) for n, t in model.state_dict().items())
     assert model.generate(**tokenizer(" a + b", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
 
-    assert front_door("evaluate", f"checkpoint={tmp_path}", "evaluation.max_problems=6", "evaluation.samples=1", "data.test_per_concept=1", "logger.mode=disabled", "model.max_new_tokens=24", f"hydra.run.dir={tmp_path / 'eval'}") == 0  # fmt: skip
+    assert front_door("evaluate", f"checkpoint={tmp_path}", "evaluation.max_problems=6", "evaluation.samples=1", "data.test_per_concept=1", "logger.system_metrics=false", "model.max_new_tokens=24", f"hydra.run.dir={tmp_path / 'eval'}") == 0  # fmt: skip
     again = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert again["estimates"] == results["after"]
+    assert read_run(tmp_path / "eval").job_type == "evaluate"
 
 
 def test_a_longer_run_resumed_equals_one_in_a_single_piece_and_keeps_its_wandb_run(front_door, tmp_path):

@@ -198,3 +198,12 @@ def test_a_first_ratio_that_is_not_one_is_caught(make):
 
     with pytest.raises(RuntimeError, match="first-step check: an importance ratio is off 1"):
         fit(make(Shifted, rl_steps=1, minibatch_size=8))
+
+
+def test_a_gap_that_is_not_a_number_is_no_small_gap(make):
+    class Broken(PolicyGradient):
+        def _compare_with_sampler(self, logprobs, part):
+            super()._compare_with_sampler(logprobs * float("nan"), part)
+
+    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+        fit(make(Broken, rl_steps=1))

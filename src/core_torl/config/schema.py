@@ -161,7 +161,7 @@ class LoggerConfig:
     project: str = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
-    job_type: str = MISSING
+    job_type: str | None = MISSING
     tags: list[str] = MISSING
     name: str | None = MISSING
     sample_rows: int = MISSING

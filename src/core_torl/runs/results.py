@@ -29,9 +29,10 @@ def is_main_process() -> bool:
 def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
     """The run's tracker. Group: the configured one, else the sweep's folder, else the options. Tags: overrides too."""
     logger = cfg.logger
-    group, overrides = logger.group, []
+    group, job_type, overrides = logger.group, logger.job_type, []
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
+        job_type = job_type or hydra.job.name
         overrides = [o for o in hydra.overrides.task if not o.startswith(("paths.", "resume="))]
         choices = hydra.runtime.choices
         if group is None and hydra.mode == RunMode.MULTIRUN:
@@ -42,7 +43,7 @@ def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
         return Tracker(
             dir=str(output), mode=logger.mode, project=logger.project, entity=logger.entity, group=group,
             # W&B refuses tags of more than 64 characters.
-            tags=[t[:64] for t in [*logger.tags, *overrides]], job_type=logger.job_type, name=logger.name,
+            tags=[t[:64] for t in [*logger.tags, *overrides]], job_type=job_type or "train", name=logger.name,
             run_id=run_id, sample_rows=logger.sample_rows, system_metrics=logger.system_metrics,
             jsonl_path=str(output / "metrics.jsonl"),
         )  # fmt: skip

@@ -45,6 +45,11 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def _larger(one: float, two: float) -> float:
+    """The larger number, and NaN if ``two`` is: max() would drop it, and a check would pass on nothing."""
+    return one if two <= one else two
+
+
 class StepMetrics:
     """Collects one RL step's metrics; names and units stand in core_torl.tracking.metrics."""
 
@@ -61,7 +66,7 @@ class StepMetrics:
         self._sums[name] += value
 
     def _largest(self, name: str, value: float) -> None:
-        self._plain[name] = max(self._plain[name], value)
+        self._plain[name] = _larger(self._plain[name], value)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -83,7 +88,7 @@ class StepMetrics:
         self.add("policy/old_kl", float(loss.old_kl))
         self.add("policy/entropy", float((entropies.detach() * mask).sum()))
         self._largest("policy/ratio_max", float(loss.ratio_max))
-        self._ratio_gap = max(self._ratio_gap, float(loss.ratio_gap))
+        self._ratio_gap = _larger(self._ratio_gap, float(loss.ratio_gap))
         self._tokens += float(loss.tokens)
 
     def add_gap(self, largest: float, total: float, tokens: int) -> None:
