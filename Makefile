@@ -24,8 +24,10 @@ help:  ## list the targets
 
 setup: $(VENV)/.dev  ## create .venv if there is none and install everything for development
 
-demo: $(VENV)/.run  ## train the tiny policy on concept quizzes, on CPU, with figures before and after
-	$(BIN)/core-torl-train experiment=demo $(ARGS)
+demo: $(VENV)/.run  ## train CORE-KL and CORE-Base on concept quizzes, on CPU, and set them side by side
+	$(BIN)/core-torl-train -cd sweeps -cn demo $(ARGS)
+	$(BIN)/core-torl-report runs=outputs/demo 'by=[variant]' baseline=core_base 'sets=[gap,mastered,gap_primed]' \
+	  title='CORE-KL beside CORE-Base' output=outputs/demo
 
 test: $(VENV)/.dev  ## run the test suite (ARGS='tests/config -k errors' for a part of it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -21,7 +21,7 @@ DOCS = sorted(
         *ROOT.glob("src/core_torl/model/shipped/*/README.md"),
     ]
 )
-COMMAND = re.compile(r"core-torl-(train|evaluate|warm-start)\b([^\n`#]*)")
+COMMAND = re.compile(r"core-torl-(train|evaluate|warm-start|report)\b([^\n`#]*)")
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -45,7 +45,9 @@ def test_every_command_in_the_docs_composes(where, name, arguments, tmp_path):
         w.split(",")[0] if "-m " in f"{arguments} " and "[" not in w else w for w in words if not w.startswith("hydra.")
     ]
     with initialize_config_dir(conf_dir(), version_base=None):
-        compose({"train": "train", "evaluate": "evaluate", "warm-start": "warm_start"}[name], overrides)
+        compose(
+            {"train": "train", "evaluate": "evaluate", "warm-start": "warm_start", "report": "report"}[name], overrides
+        )
 
 
 def test_there_are_commands_to_check():

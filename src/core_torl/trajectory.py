@@ -12,6 +12,9 @@ from typing import Literal
 from core_torl.problem import Problem
 
 Finish = Literal["eos", "stop", "length", "abort"]
+# Under which prompt an answer was sampled, seen from the prompt it is trained under: "policy": the same one.
+# "recompute" and "guided": a primed one; its importance ratio starts at 1, or has the primed probability below the bar.
+Behaviour = Literal["policy", "recompute", "guided"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Trajectory:
     text: str
     train_mask: tuple[bool, ...]
     score: Score | None = None
+    behaviour: Behaviour = "policy"
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ import pytest
 
 from .conftest import run_batch
 
-DOORS = ("train", "evaluate", "warm_start")
+CONF = Path(__file__).parents[2] / "conf"
+DOORS = ("train", "evaluate", "warm_start", "report")
 CASES = [(door, flags) for door in DOORS for flags in (["--help"], ["-h"], ["--cfg", "job"])]
 
 
@@ -32,9 +33,13 @@ def test_help_and_config_are_printed(answers, number: int):
     assert answer["code"] == 0 and answer["err"] == ""
     if flags[0] == "--cfg":
         assert ("group_size: 8" in answer["out"]) == (door == "train")
-        assert "???" not in answer["out"]
+        # Only what a report is about has no value of its own.
+        assert ("???" in answer["out"]) == (door == "report") and answer["out"].count("???") <= 1
     else:
-        assert "Configuration groups" in answer["out"] and "variant: core_base, grpo" in answer["out"]
+        assert "Configuration groups" in answer["out"]
+        for group in ("ablation", "augmentation", "intervention", "trigger", "variant"):
+            options = ", ".join(sorted(p.stem for p in (CONF / group).glob("*.yaml")))
+            assert f"\n{group}: {options}\n" in answer["out"]
 
 
 def test_a_part_of_the_config_and_the_tree_of_defaults(answers):
@@ -54,6 +59,6 @@ def test_the_installed_command_is_the_same_door(tmp_path: Path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "core-torl: variant=core_bse: no such option. Did you mean 'core_base'? Available: " + (
-        ", ".join(sorted(p.stem for p in (Path(__file__).parents[2] / "conf/variant").glob("*.yaml"))) + "\n"
+        ", ".join(sorted(p.stem for p in (CONF / "variant").glob("*.yaml"))) + "\n"
     )
     assert not any(tmp_path.iterdir()), "nothing is written for a config that does not compose"

@@ -10,19 +10,39 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from core_torl.config.checks import check_evaluate, check_train, check_warm_start
+from core_torl.config.checks import check_evaluate, check_report, check_train, check_warm_start
 from core_torl.config.paths import conf_dir
 from core_torl.config.schema import register
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
-OPTIONS = [(str(f.parent), f.stem) for f in FILES if f.parent != Path() and f.parts[0] != "local"]
 # Groups whose files change keys of any group.
 GLOBAL = ("ablation", "debug", "experiment")
-# Values that only the user can give.
-MANDATORY = {("data", "core_quizzes"): ["data.path=quizzes.jsonl"], ("model", "hf"): ["model.path=some/model"]}
-CHECKS = {"train": check_train, "evaluate": check_evaluate, "warm_start": check_warm_start}
+# Pieces that options of the group above include; nobody chooses them.
+PIECES = ("common",)
+
+
+def choice(file: Path) -> tuple[str, str]:
+    """Group and option: recipes may lie in folders of their group, other folders are groups of their own."""
+    group = Path(file.parts[0]) if file.parts[0] in GLOBAL else file.parent
+    return str(group), str(file.relative_to(group).with_suffix(""))
+
+
+OPTIONS = [choice(f) for f in FILES if f.parent != Path() and f.parts[0] != "local" and f.parent.name not in PIECES]
+# Values that only the user can give, and the company without which an option is refused.
+COMPANY: dict[tuple[str, ...], list[str]] = {
+    ("report",): ["runs=outputs"],
+    ("data", "core_quizzes"): ["data.path=quizzes.jsonl"],
+    ("model", "hf"): ["model.path=some/model"],
+    ("variant", "sft"): ["objective=likelihood", "group_size=1"],
+    ("objective", "likelihood"): ["variant=sft", "group_size=1"],
+    ("intervention", "expert_prefix"): ["variant=core_cr", "variant.train_prompt=primed"],
+}
+for group, option in OPTIONS:
+    if group in ("intervention", "trigger") and option not in ("none", "never"):
+        COMPANY.setdefault((group, option), ["variant=core_cr"])
+CHECKS = {"train": check_train, "evaluate": check_evaluate, "warm_start": check_warm_start, "report": check_report}
 
 
 def composed(name: str, *overrides: str, folder: Path = CONF) -> DictConfig:
@@ -39,7 +59,7 @@ def test_a_checkout_uses_the_files_beside_its_source():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_front_door_composes_and_passes_its_checks_as_shipped(name: str):
-    CHECKS[name](composed(name))
+    CHECKS[name](composed(name, *COMPANY.get((name,), [])))
 
 
 def test_every_file_at_the_top_belongs_to_a_front_door():
@@ -48,12 +68,12 @@ def test_every_file_at_the_top_belongs_to_a_front_door():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: str(x))
 def test_an_option_composes_and_passes_the_checks(group: str, option: str):
-    cfg = composed("train", f"{group}={option}", *MANDATORY.get((group, option), []))
+    cfg = composed("train", f"{group}={option}", *COMPANY.get((group, option), []))
     check_train(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     # An evaluation runs in one process and says so: see test_checks.py.
     if group in ("reward", "sampler", "model", "data", "evaluation", "trainer", "logger", "paths") and option != "ddp":
-        check_evaluate(composed("evaluate", f"{group}={option}", *MANDATORY.get((group, option), [])))
+        check_evaluate(composed("evaluate", f"{group}={option}", *COMPANY.get((group, option), [])))
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -91,7 +111,7 @@ def test_a_global_file_only_overrides_keys_that_exist(file: Path):
     assert isinstance(raw, dict)
     changed = [str(d) for d in raw.pop("defaults", []) if isinstance(d, str)]
     assert "_self_" not in changed, "what a file says comes after its defaults anyway"
-    cfg = composed("train", f"{file.parts[0]}={file.stem}")
+    cfg = composed("train", "{}={}".format(*choice(file)))
 
     def missing(node: dict, path: str) -> list[str]:
         found = []
@@ -106,18 +126,100 @@ def test_a_global_file_only_overrides_keys_that_exist(file: Path):
     assert not missing({str(k): v for k, v in raw.items()}, "")
 
 
-def test_every_sweep_composes():
-    for path in sorted((ROOT / "sweeps").glob("*.yaml")):
-        check_train(composed(path.stem, f"hydra.searchpath=[file://{CONF}]", folder=path.parent))
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
-def test_the_order_of_overrides_is_experiment_then_debug():
-    """An experiment changes groups' values, and a debug option changes those of an experiment."""
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_job_of_a_sweep_composes(path: Path):
+    raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(raw, dict)
+    (door, *_), params = raw["defaults"], raw["hydra"]["sweeper"]["params"]
+    jobs = {f"{key}={value}" for key, values in params.items() for value in str(values).replace(" ", "").split(",")}
+    for job in ("", *sorted(jobs)):
+        cfg = composed(path.stem, f"hydra.searchpath=[file://{CONF}]", *filter(None, [job]), folder=path.parent)
+        CHECKS[door](cfg)
+
+
+def test_the_order_of_overrides_is_experiment_then_ablation_then_debug():
+    """An ablation changes values of an experiment, a debug option those of both, the command line everything."""
     plain, demo = composed("train"), composed("train", "experiment=demo")
     assert plain.rl_steps != demo.rl_steps and demo.logger.group == "demo"
-    limited = composed("train", "experiment=demo", "debug=limit")
+    ablated = composed("train", "experiment=demo", "ablation=extra_rollouts")
+    assert demo.group_size != ablated.group_size == 6 and ablated.rl_steps == demo.rl_steps
+    limited = composed("train", "experiment=demo", "ablation=extra_rollouts", "debug=limit")
     assert limited.rl_steps < demo.rl_steps and limited.logger.group == "demo"
+    assert limited.group_size == composed("train", "debug=limit").group_size != ablated.group_size
     assert composed("train", "experiment=demo", "debug=limit", "rl_steps=7").rl_steps == 7
+
+
+def test_an_ablation_changes_the_group_that_an_experiment_chose():
+    """The group itself, not only keys: ``sft`` puts another variant where the experiment had put CORE-CR."""
+    cfg = composed("train", "experiment=core/cr", "ablation=sft")
+    check_train(cfg)
+    assert cfg.variant._target_.endswith(".SupervisedFineTuning") and cfg.group_size == 1
+
+
+COACHED = ("core_cr", "core_kl", "core_hybrid", "compat_released_cr")
+
+
+@pytest.mark.parametrize("variant", COACHED)
+def test_a_coached_variant_brings_its_trigger_and_its_concept(variant: str):
+    cfg = composed("train", f"variant={variant}")
+    assert cfg.trigger == composed("train", "variant=core_cr", "trigger=all_wrong").trigger
+    assert cfg.trigger.when == "all_wrong" and cfg.intervention._target_.endswith(".TrueConcept")
+    cfg = composed("train", f"variant={variant}", "trigger=pass_rate", "intervention=filler", "trigger.pass_rate=0.5")
+    assert (cfg.trigger.when, cfg.trigger.pass_rate) == ("pass_rate", 0.5)
+    assert cfg.intervention._target_.endswith(".Filler") and cfg.intervention.words
+
+
+def test_every_variant_without_a_coach_has_neither():
+    for group, variant in OPTIONS:
+        if group == "variant" and variant not in COACHED:
+            cfg = composed("train", f"variant={variant}")
+            assert cfg.trigger.when == "never" and cfg.intervention._target_.endswith(".NoIntervention")
+
+
+def test_a_trigger_option_is_named_after_what_it_does():
+    """All four files hold the same keys; a copy whose ``when`` was forgotten would be another option's twin."""
+    options = [option for group, option in OPTIONS if group == "trigger"]
+    assert [composed("train", f"trigger={o}").trigger.when for o in options] == options
+
+
+RECIPES = {
+    "base": ("core_base", "never", "none"), "cr": ("core_cr", "all_wrong", "true_concept"),
+    "kl": ("core_kl", "all_wrong", "true_concept"), "hybrid": ("core_hybrid", "all_wrong", "true_concept"),
+    "bread": ("core_cr", "all_wrong", "expert_prefix"), "no_bonus": ("core_cr", "all_wrong", "true_concept"),
+    "compat_released_cr": ("compat_released_cr", "all_wrong", "true_concept"), "sft": ("sft", "never", "none"),
+    "cr_filler": ("core_cr", "all_wrong", "filler"), "cr_generic_hint": ("core_cr", "all_wrong", "generic_hint"),
+    "cr_random_concept": ("core_cr", "all_wrong", "random_concept"),
+    "cr_same_section_concept": ("core_cr", "all_wrong", "same_section_concept"),
+    "cr_worked_solution": ("core_cr", "all_wrong", "worked_solution"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_holds_what_its_name_says(recipe: str):
+    cfg, (variant, trigger, intervention) = composed("train", f"experiment=core/{recipe}"), RECIPES[recipe]
+    assert cfg.variant._target_.split(".")[-2] == variant
+    assert cfg.trigger.when == trigger and cfg.intervention._target_.split(".")[-2] == intervention
+    assert (cfg.token_budget is None) == (recipe == "sft"), "what samples is compared at one number of tokens"
+
+
+@pytest.mark.parametrize(
+    ("ablation", "group", "option"),
+    [
+        ("random_reward", "reward", "random"),
+        ("shuffled_reward", "reward", "shuffled"),
+        ("data_augmentation", "augmentation", "variations"),
+        ("compat_released_cr", "variant", "compat_released_cr"),
+        ("bread", "intervention", "expert_prefix"),
+        ("sft", "variant", "sft"),
+    ],
+)
+def test_an_ablation_puts_another_option_in_its_place(ablation: str, group: str, option: str):
+    cfg = composed("train", f"ablation={ablation}")
+    check_train(cfg)
+    assert cfg[group] == composed("train", f"{group}={option}")[group] != composed("train")[group]
 
 
 def test_types_come_from_the_schema():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from core_torl.config.schema import SCHEMAS, EvaluateConfig, LoraConfig, TrainConfig, WarmStartConfig
+from core_torl.config.schema import SCHEMAS, EvaluateConfig, LoraConfig, ReportConfig, TrainConfig, WarmStartConfig
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "core_torl"
@@ -20,8 +20,10 @@ SRC = ROOT / "src" / "core_torl"
 FROM_THE_PROGRAM = {
     "variant": {
         "policy", "sampler", "reward_function", "objective", "problems", "encode", "rl_steps", "group_size",
-        "prompts_per_step", "seed", "temperature", "fingerprint",
+        "prompts_per_step", "seed", "temperature", "fingerprint", "augment", "token_budget", "encode_answer",
+        "trigger", "intervention", "max_prompt_tokens",
     },
+    "intervention": {"problems"},
     "sampler": {"model", "tokenizer", "eos_ids"},
     "model": {"device"},
 }  # fmt: skip
@@ -35,6 +37,16 @@ def schema_of(path: Path) -> str | None:
         if isinstance(entry, dict) and "/schema@_here_" in entry:
             return entry["/schema@_here_"]
     return None
+
+
+def written(path: Path) -> list[str]:
+    """Keys that a file gives a value, those of the pieces it includes with ``NAME@_here_`` among them."""
+    raw = yaml.safe_load(path.read_text())
+    keys = [key for key in raw if key != "defaults"]
+    for entry in raw.get("defaults", []):
+        if isinstance(entry, str) and entry.endswith("@_here_"):
+            keys += written(path.parent / f"{entry.removesuffix('@_here_')}.yaml")
+    return keys
 
 
 USED = {p.relative_to(ROOT / "conf"): s for p in sorted((ROOT / "conf").rglob("*.yaml")) if (s := schema_of(p))}
@@ -82,8 +94,19 @@ def test_fields_are_the_parameters_of_the_target(group: str, schema: str, target
 @pytest.mark.parametrize("file", [f for f in USED if f.stem not in SCHEMAS or f.parent != Path()], ids=str)
 def test_a_file_gives_every_field_of_its_schema_a_value(file: Path):
     """A key that is missing in the YAML would be mandatory without anyone having said so."""
-    written = set(yaml.safe_load((ROOT / "conf" / file).read_text())) - {"defaults"}
-    assert names(USED[file]) - {"prompt"} == written - {"prompt"}
+    keys = written(ROOT / "conf" / file)
+    assert names(USED[file]) - {"prompt"} == set(keys) - {"prompt"}
+
+
+def test_shared_pieces_are_all_included_and_give_no_key_twice():
+    """A key in two pieces of one option would depend on their order."""
+    pieces = {p.stem for p in (ROOT / "conf").glob("*/common/*.yaml")}
+    included: set[str] = set()
+    for file in USED:
+        keys = written(ROOT / "conf" / file)
+        assert len(keys) == len(set(keys)), file
+        included |= set(re.findall(r"- common/(\w+)@_here_", (ROOT / "conf" / file).read_text()))
+    assert included == pieces and pieces
 
 
 def test_a_target_is_implemented_in_the_package_of_its_group():
@@ -120,6 +143,7 @@ def test_keys_of_a_group_without_target_are_read(schema: str):
         (TrainConfig, ("train.py", "runs/training.py", "runs/assemble.py", "runs/results.py")),
         (EvaluateConfig, ("evaluate.py", "runs/evaluation.py", "runs/assemble.py", "runs/results.py")),
         (WarmStartConfig, ("warm_start.py", "runs/warming.py")),
+        (ReportConfig, ("report.py", "runs/reporting.py")),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

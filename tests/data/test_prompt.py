@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from core_torl.data.concept_world.source import ConceptWorld
 from core_torl.data.prompt import PromptTemplate
 from core_torl.problem import Concept, Problem
 
@@ -77,6 +78,46 @@ def test_chat_style_goes_through_the_tokenizers_template_once(tiny_tokenizer, mo
     assert ids.count(tiny_tokenizer.bos_token_id) == 1, "the template writes the start token; it must not come twice"
     text = template().user_text(QUIZ, CONCEPT)
     assert tiny_tokenizer.decode(list(ids[1:])) == f"{start}{text}#assistant|"
+
+
+@pytest.fixture(scope="module")
+def shipped_tokenizer():
+    from transformers import AutoTokenizer
+
+    from core_torl.model.load import shipped_folder
+
+    return AutoTokenizer.from_pretrained(shipped_folder("tiny"), local_files_only=True)
+
+
+def test_a_given_answer_follows_its_prompt_as_if_both_were_one_text(shipped_tokenizer):
+    """Prompt ids and answer ids together are the ids of the whole text, so a solution is trained as it is sampled."""
+    tiny, problems = shipped("tiny"), ConceptWorld(train_per_concept=1, test_per_concept=1).load().train
+    for problem in problems:
+        for concept in (None, problem.concept):
+            ids = tiny.encode(shipped_tokenizer, problem, concept)
+            answer = tiny.encode_answer(shipped_tokenizer, problem.solution)
+            whole = shipped_tokenizer(f"{tiny.user_text(problem, concept)} {problem.solution}")["input_ids"]
+            assert ids + answer == tuple(whole)
+            assert not set(answer) & {shipped_tokenizer.bos_token_id, shipped_tokenizer.eos_token_id}
+
+
+def test_a_given_answer_in_a_chat_starts_where_the_assistant_does(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHAT.replace("assistant|", "assistant|\n"))
+    chat = template(style="chat")
+    ids, answer = chat.encode(tiny_tokenizer, QUIZ), chat.encode_answer(tiny_tokenizer, "the sum is 3")
+    assert tiny_tokenizer.decode(list(answer)) == "the sum is 3"
+    assert tiny_tokenizer.decode(list(ids[1:] + answer)).endswith("assistant|\nthe sum is 3")
+    assert tiny_tokenizer.bos_token_id not in answer
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_the_concept_is_the_only_difference_in_token_ids(tiny_tokenizer, monkeypatch, style):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHAT)
+    layout = template(style=style, choice="{concept}\nQ {question} {options}", concept="\nknow: {text}")
+    plain, primed = layout.encode(tiny_tokenizer, QUIZ), layout.encode(tiny_tokenizer, QUIZ, CONCEPT)
+    text = tuple(tiny_tokenizer(f"\nknow: {CONCEPT.text}", add_special_tokens=False)["input_ids"])
+    (start,) = [i for i in range(len(primed)) if primed[i : i + len(text)] == text]
+    assert primed[:start] + primed[start + len(text) :] == plain
 
 
 @pytest.mark.parametrize(

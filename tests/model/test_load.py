@@ -146,3 +146,72 @@ def test_a_folder_that_holds_no_model_is_a_one_line_error(tmp_path):
     with pytest.raises(ValueError) as error:
         load_policy(path=str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+# ---- shadows --------------------------------------------------------------------------------------------------------
+
+
+def pointers(model, trained: bool | None = None) -> dict[str, int]:
+    return {n: p.data_ptr() for n, p in model.named_parameters() if trained is None or p.requires_grad is trained}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_shadow_owns_what_is_trained_and_shares_the_rest(folder, lora):
+    policy = load_policy(path=folder, lora=lora)
+    change(policy)
+    before = {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    shadow = policy.shadow()
+    own = pointers(shadow)
+    assert own.keys() == pointers(policy.model).keys()
+    frozen, trained = pointers(policy.model, trained=False), pointers(policy.model, trained=True)
+    assert trained and bool(frozen) is (lora is not None)
+    assert all(own[n] == at for n, at in frozen.items()), "what nobody trains is there once"
+    assert not set(trained.values()) & set(own.values())
+    assert not shadow.training and not any(p.requires_grad for n, p in shadow.named_parameters() if n in trained)
+    assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == before, "the policy is still trained"
+    assert torch.equal(logits(shadow), logits(policy.model.eval()))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_shadow_stands_still_until_it_is_refreshed(folder, lora):
+    policy = load_policy(path=folder, lora=lora)
+    shadow = policy.shadow()
+    start, at = logits(shadow), pointers(shadow)
+    change(policy)
+    assert torch.equal(logits(shadow), start)
+    now = logits(policy.model.eval())
+    assert (now - start).abs().max() > 0.1
+    policy.refresh(shadow)
+    assert torch.equal(logits(shadow), now) and pointers(shadow) == at
+    change(policy)
+    assert torch.equal(logits(shadow), now), "the weights were copied, not tied"
+
+
+def test_a_shadow_without_adapters_is_the_base_model(folder):
+    base = logits(load_policy(path=folder).model.eval())
+    policy = load_policy(path=folder, lora=LORA)
+    change(policy)
+    assert torch.allclose(logits(policy.shadow(adapters=False)), base, atol=1e-6)
+    trained = logits(policy.model.eval())
+    assert (trained - base).abs().max() > 0.1, "the policy's own adapters are still on"
+    assert torch.equal(logits(policy.shadow()), trained)
+    full = load_policy(path=folder)
+    assert torch.equal(logits(full.shadow(adapters=False)), logits(full.model.eval()))
+
+
+def test_gradients_reach_the_policy_and_never_its_shadow(folder):
+    policy = load_policy(path=folder, lora=LORA)
+    shadow = policy.shadow()
+    gap = policy.model(input_ids=IDS).logits - shadow(input_ids=IDS).logits
+    gap.square().sum().backward()
+    assert all(p.grad is not None for p in policy.model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in shadow.parameters())
+
+
+def test_an_answer_that_is_given_needs_a_token_to_end_with(folder):
+    policy = load_policy(path=folder)
+    assert policy.eos_id == policy.tokenizer.eos_token_id == 2
+    policy.tokenizer.eos_token = None
+    with pytest.raises(ValueError) as error:
+        _ = policy.eos_id
+    assert str(error.value) == "model: the tokenizer has no end-of-sequence token, which given answers need"

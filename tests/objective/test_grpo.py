@@ -135,13 +135,98 @@ def test_padding_may_hold_anything():
     ("key", "value"),
     [
         ("normalize", "batch"), ("kl_estimator", "k4"), ("clip_low", -0.1), ("clip_high", -0.1), ("clip_low", 1.0),
-        ("kl_coef", -1.0), ("advantage_eps", -1e-9),
+        ("kl_coef", -1.0), ("advantage_eps", -1e-9), ("guided_ratio", "cap"), ("shaping_gamma", 0.0),
     ],
 )  # fmt: skip
 def test_impossible_settings_name_their_key(key, value):
     with pytest.raises(ValueError, match=rf"objective\.{key}=") as error:
         GRPO(**{key: value})
     assert "\n" not in str(error.value)
+
+
+# --- rows that were sampled under another prompt
+
+
+def foreign_rows(behaviour: str, advantages=(1.0, -2.0)):
+    """The two rows of above, the first from a primed prompt; neither has moved since the step began."""
+    primed, plain = [-0.2, -0.1, -1.5], [-1.0, -0.5, -1.4]  # log-probs of its tokens under both prompts
+    batch = TokenBatch.build(
+        [(5, 6), (7,)], [(8, 9, 10), (11, 12)], [primed, [-0.7, -1.1]], [(True,) * 3, (True,) * 2],
+        torch.tensor(advantages), 0, behaviours=[behaviour, "policy"],
+    )  # fmt: skip
+    return torch.tensor([plain, [-0.7, -1.1, 0.0]]).requires_grad_(), batch, primed, plain
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_recomputed_row_starts_at_ratio_one_whatever_its_sampler_said(moved):
+    logprobs, batch, primed, plain = foreign_rows("recompute")
+    if moved:
+        batch.old_logprobs = logprobs.detach().clone()
+    loss = run(GRPO(), logprobs, batch)
+    loss.total.backward()
+    assert (loss.ratio_max.item(), loss.ratio_gap.item(), loss.clipped.item()) == (1, 0, 0)
+    assert logprobs.grad.tolist()[0] == pytest.approx([-1 / 5] * 3)
+    # The true ratio is reported beside it.
+    true = [math.exp(q - c) for q, c in zip(plain, primed, strict=True)]
+    assert loss.foreign_tokens.item() == 3
+    assert loss.foreign_ratio_sum.item() == pytest.approx(sum(true))
+    assert loss.foreign_ratio_max.item() == pytest.approx(max(true))
+    assert loss.foreign_gap.item() == pytest.approx(sum(primed) - sum(plain), abs=1e-6)
+    assert run(GRPO(), *foreign_rows("policy")[:2]).foreign_tokens.item() == 0
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("advantage", [1.0, -2.0])
+def test_a_guided_row_has_the_primed_probability_below_the_bar(moved, advantage):
+    """Loss and gradient by hand: ratio p(y|q) / p_old(y|p_c), clipped like any other; the plain row stays at 1."""
+    logprobs, batch, primed, plain = foreign_rows("guided", (advantage, -2.0))
+    if moved:
+        batch.old_logprobs = logprobs.detach().clone()
+    loss = run(GRPO(0.2, 0.2), logprobs, batch)
+    loss.total.backward()
+    ratios = [math.exp(q - c) for q, c in zip(plain, primed, strict=True)]  # 0.45, 0.67, 1.11
+    terms = [min(r * advantage, min(max(r, 0.8), 1.2) * advantage) for r in ratios]
+    assert loss.total.item() == pytest.approx(-(sum(terms) - 4) / 5, abs=1e-6)
+    alive = [r * advantage < min(max(r, 0.8), 1.2) * advantage or 0.8 < r < 1.2 for r in ratios]
+    expected = [-r * advantage / 5 if a else 0.0 for r, a in zip(ratios, alive, strict=True)]
+    assert logprobs.grad.tolist()[0] == pytest.approx(expected, abs=1e-6)
+    assert logprobs.grad.tolist()[1][:2] == pytest.approx([2 / 5] * 2)
+    assert loss.ratio_gap.item() == 0, "the first-step check looks at rows that ought to start at 1"
+    assert loss.foreign_clipped.item() == sum(not a for a in alive)
+    # The step's own ratios, KL and clip fraction are those of the plain row, which has not moved.
+    assert loss.own_tokens.item() == loss.ratio_sum.item() == 2 and loss.ratio_max.item() == 1
+    assert loss.old_kl.item() == pytest.approx(0, abs=1e-6) and loss.clipped.item() == 0
+    recomputed = foreign_rows("recompute", (advantage, -2.0))
+    assert loss.total.item() != pytest.approx(run(GRPO(), *recomputed[:2]).total.item(), abs=1e-3)
+
+
+def test_shaping_puts_a_bounded_function_of_the_probability_in_the_ratios_place():
+    """f = p / (p + gamma), df/dlogp = p * gamma / (p + gamma)^2: largest at p = gamma, never clipped away."""
+    logprobs, batch, _, plain = foreign_rows("guided")
+    loss = run(GRPO(guided_ratio="shaping", shaping_gamma=0.1), logprobs, batch)
+    loss.total.backward()
+    p = [math.exp(x) for x in plain]
+    assert loss.total.item() == pytest.approx(-(sum(x / (x + 0.1) for x in p) - 4) / 5, abs=1e-6)
+    assert logprobs.grad.tolist()[0] == pytest.approx([-x * 0.1 / (x + 0.1) ** 2 / 5 for x in p], abs=1e-6)
+    assert logprobs.grad.tolist()[1][:2] == pytest.approx([2 / 5] * 2), "other rows keep their ratio"
+    for behaviour in ("recompute", "policy"):
+        rows = foreign_rows(behaviour)[:2]
+        assert run(GRPO(guided_ratio="shaping"), *rows).total.item() == run(GRPO(), *rows).total.item()
+
+
+def test_padding_of_a_guided_row_may_hold_anything():
+    for objective in (GRPO(), GRPO(guided_ratio="shaping")):
+        grads = []
+        for garbage in (0.0, 1e30, -1e30, math.inf, math.nan):
+            logprobs, batch, _, _ = foreign_rows("guided")
+            batch.guided = batch.foreign = torch.tensor([True, True])
+            spoilt = logprobs.detach().clone()
+            spoilt[1, 2] = garbage
+            loss = run(objective, spoilt.requires_grad_(), batch)
+            loss.total.backward()
+            grads.append(spoilt.grad)
+            assert all(torch.isfinite(getattr(loss, f.name)).all() for f in fields(loss))
+        assert all(torch.equal(g, grads[0]) for g in grads)
 
 
 # --- one gradient for every way to cut the batch, through a real model
@@ -185,7 +270,8 @@ def padded(batch: TokenBatch, left: int, right: int) -> TokenBatch:
     return TokenBatch(
         pad(batch.ids, left, right, 17), pad(batch.attention_mask, left, right, 0), pad(batch.positions, left, right, 0),
         pad(batch.train_mask, 0, right, False), batch.advantages,
-        *(pad(t, 0, right, 0.0) for t in (batch.sampled_logprobs, batch.old_logprobs, batch.reference_logprobs)),
+        pad(batch.sampled_logprobs, 0, right, 0.0), batch.foreign, batch.guided,
+        *(pad(t, 0, right, 0.0) for t in (batch.old_logprobs, batch.reference_logprobs)),
     )  # fmt: skip
 
 

@@ -29,6 +29,16 @@ def test_the_layout():
     assert batch.old_logprobs is None and batch.reference_logprobs is None
 
 
+def test_behaviours_say_which_rows_came_from_another_prompt():
+    for behaviours, foreign, guided in (
+        (None, [False, False], [False, False]),
+        (["policy", "recompute"], [False, True], [False, False]),
+        (["guided", "policy"], [True, False], [True, False]),
+    ):
+        batch = build(behaviours=behaviours)
+        assert (batch.foreign.tolist(), batch.guided.tolist()) == (foreign, guided)
+
+
 def row(batch: TokenBatch, i: int) -> dict[str, list]:
     """What row ``i`` says once its padding is taken off."""
     real, width = batch.attention_mask[i].bool(), batch.ids.shape[1] - batch.answer_length
@@ -39,6 +49,7 @@ def row(batch: TokenBatch, i: int) -> dict[str, list]:
         "answer": batch.answer_ids[i][answer].tolist(),
         "positions": batch.positions[i][real].tolist(),
         "advantage": batch.advantages[i].item(),
+        "prompt of another": (batch.foreign[i].item(), batch.guided[i].item()),
         **{name: None if side is None else side[i][answer].tolist() for name, side in sides.items()},
     }
 
@@ -47,6 +58,7 @@ def row(batch: TokenBatch, i: int) -> dict[str, list]:
 def test_selected_rows_are_the_same_rows_with_less_padding(make_batch, rows):
     batch = make_batch()
     batch.old_logprobs = batch.sampled_logprobs - 1
+    batch.foreign, batch.guided = torch.tensor([[0, 1, 1, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0, 1]]).bool()
     part = batch.select(torch.tensor(rows) if isinstance(rows, list) else rows)
     chosen = list(range(7))[rows] if isinstance(rows, slice) else rows
     assert [row(part, i) for i in range(part.rows)] == [row(batch, i) for i in chosen]

@@ -138,6 +138,13 @@ def test_a_dry_run_counts_and_loads_nothing(front_door, tmp_path, capsys, monkey
     assert "8 problems x 8 answers = 64 trajectories" in capsys.readouterr().out
 
 
+def test_control_rewards_and_varied_data_run_through_the_front_door(front_door, tmp_path):
+    for ablation in ("random_reward", "shuffled_reward", "data_augmentation"):
+        small = [*SMALL, "evaluation.max_problems=2", "export=false", "logger.mode=disabled", f"ablation={ablation}"]
+        assert front_door("train", *small, f"hydra.run.dir={tmp_path / ablation}") == 0
+        assert (tmp_path / ablation / "results.json").exists()
+
+
 def test_a_shipped_sweep_runs_each_seed_in_its_own_folder_and_its_own_tracked_run(front_door, tmp_path):
     sweeps = Path(__file__).parents[2] / "sweeps"
     small = [*SMALL, "evaluation.max_problems=1", "rl_steps=1", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
@@ -162,3 +169,54 @@ def test_other_training_problems_are_another_run(front_door, tmp_path, capsys):
     capsys.readouterr()
     assert front_door("train", *quiet, "data.train_per_concept=5", "rl_steps=2", f"resume={tmp_path}", f"hydra.run.dir={tmp_path / 'b'}") == 2  # fmt: skip
     assert "training problems was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_only_sets_that_are_called_primed_show_the_concept(limit):
+    """``evaluation.primed`` asks the same quizzes again with the concept; the plain sets stay without it."""
+    from dataclasses import replace
+
+    from core_torl.data.concept_world.source import ConceptWorld
+    from core_torl.evaluation.protocol import Evaluation
+    from core_torl.runs.assemble import Parts
+    from core_torl.runs.training import evaluate_now
+    from core_torl.sampler.protocol import SamplingConfig
+    from core_torl.trajectory import Sample, Score
+
+    asked = []
+
+    class Recorder:
+        sampling = SamplingConfig(8)
+
+        def generate(self, requests, sampling):
+            asked.append(requests)
+            return [[Sample((7,), (-1.0,), "eos")] * r.n for r in requests]
+
+    class Reward:
+        def score(self, trajectories):
+            return [Score(0.0, False, "wrong") for _ in trajectories]
+
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            return ""
+
+    problems = ConceptWorld(train_per_concept=1, test_per_concept=1).load()
+    problems.test["bare"] = [replace(p, concept=None) for p in problems.test["gap"]]
+
+    def encode(problem, concept):
+        return tuple(f"{problem.uid}\n{concept.text if concept else ''}".encode())
+
+    def results(primed):
+        asked.clear()
+        evaluation = Evaluation(permutations=1, primed=primed, max_problems=limit)
+        found = evaluate_now(Parts(problems, None, Reward(), evaluation, type("P", (), {"tokenizer": Words()}), Recorder(), encode, None))  # fmt: skip
+        return {r.name: [i.uid for i in r.items] for r in found}, [
+            [bytes(r.prompt_ids).decode() for r in requests] for requests in asked
+        ]
+
+    names, (plain,) = results(False)
+    assert names.keys() == {"gap", "mastered", "bare"} and all(text.endswith("\n") for text in plain)
+    both, (first, second) = results(True)
+    assert first == plain and both == names | {f"{n}_primed": names[n] for n in ("gap", "mastered")}
+    texts = {p.uid: p.concept.text for name in ("gap", "mastered") for p in problems.test[name]}
+    assert second and all(texts[uid.split("#")[0]] == text for uid, _, text in (x.partition("\n") for x in second))

@@ -133,28 +133,79 @@ def test_the_concept_is_never_in_a_sampled_prompt(make):
     prompts = []
 
     class Look(CoreBase):
-        def intervene(self, groups: list[Group]) -> list[Group]:
+        def weigh(self, groups: list[Group]):
             prompts.extend(
                 (self.policy.tokenizer.decode(list(t.prompt_ids)), t.problem) for g in groups for t in g.trajectories
             )
-            return groups
+            return super().weigh(groups)
 
     fit(make(Look, rl_steps=2))
     assert prompts and not any(problem.concept.text in text for text, problem in prompts)
 
 
-def test_an_auxiliary_loss_reaches_the_weights_once_per_optimizer_step(make):
-    calls = []
+class Pull(PolicyGradient):
+    """A pull of the head towards zero, in ``parts`` equal parts."""
 
-    class Pull(PolicyGradient):
-        def auxiliary_loss(self, batch, rows):
-            calls.append(len(rows))
-            return 0.5 * self.model.lm_head.weight.square().sum()
+    parts = 1
 
-    one, two = fit(make(rl_steps=1)), fit(make(Pull, rl_steps=1, minibatch_size=8))
-    assert calls == [8, 8]
-    assert not same(weights(one), weights(two))
-    assert two.last_metrics["loss/auxiliary"] > 0
+    def auxiliary_losses(self, rows):
+        self.calls = [*getattr(self, "calls", []), len(rows)]
+        for _ in range(self.parts):
+            yield 0.5 / self.parts * self.model.lm_head.weight.square().sum()
+
+
+class PullInParts(Pull):
+    parts = 4
+
+
+def test_an_auxiliary_loss_reaches_the_weights_once_per_optimizer_step_whatever_its_parts(make):
+    none, one, four = (fit(make(k, rl_steps=1, minibatch_size=8)) for k in (PolicyGradient, Pull, PullInParts))
+    assert one.calls == four.calls == [8, 8]
+    assert not same(weights(none), weights(one))
+    assert max((weights(one)[k] - weights(four)[k]).abs().max() for k in weights(one)) < 1e-5
+    assert one.last_metrics["loss/auxiliary"] == pytest.approx(four.last_metrics["loss/auxiliary"], rel=1e-5)
+    assert none.last_metrics["loss/auxiliary"] == 0
+
+
+def test_each_part_of_an_auxiliary_loss_is_backpropagated_before_the_next_is_asked_for(make):
+    class Lazy(PolicyGradient):
+        def auxiliary_losses(self, rows):
+            head = self.model.lm_head.weight
+            for part in range(1, 4):
+                yield head.sum()
+                assert torch.allclose(head.grad, torch.full_like(head, float(part)))
+
+    fit(make(Lazy, rl_steps=1))
+
+
+def test_the_auxiliary_gradient_is_measured_by_itself_before_clipping(make):
+    class Coached(Pull):
+        coached = True
+
+        def auxiliary_losses(self, rows):
+            self.expected = self.model.lm_head.weight.norm().item()  # the gradient of half the squared norm
+            yield from super().auxiliary_losses(rows)
+
+    pulled = fit(make(Coached, rl_steps=1, grad_clip=1e-3))
+    found = pulled.last_metrics
+    assert found["core/auxiliary_grad_norm"] == pytest.approx(pulled.expected, rel=1e-4)
+    own = fit(make(rl_steps=1)).last_metrics["policy/grad_norm"]
+    expected = pulled.expected / (pulled.expected + own)
+    assert found["core/auxiliary_grad_share"] == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < 1
+    # Where there is no such loss there is no such number, and without a coach there are no core metrics at all.
+    assert not any(name.startswith("core/") for name in fit(make(rl_steps=1)).last_metrics)
+
+
+def test_a_variant_without_a_coach_is_never_asked_to_intervene(make):
+    class Meddler(CoreBase):
+        def intervene(self, groups):
+            raise AssertionError("asked")
+
+    fit(make(Meddler, rl_steps=1))
+    Meddler.coached = True
+    with pytest.raises(AssertionError, match="asked"):
+        fit(make(Meddler, rl_steps=1))
 
 
 def test_lora_trains_and_stores_only_its_adapters(make, problems, tmp_path):

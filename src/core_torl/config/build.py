@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -17,6 +18,23 @@ def trust(targets: list[str]) -> None:
     _extra[:] = targets
 
 
+def _trusted(node: Any) -> str:
+    target = str(node["_target_"])
+    if not any(target.startswith(p.removesuffix("*")) for p in (*_TRUSTED, *_extra)):
+        raise UserError(f"_target_ {target!r} is not trusted: add '{target.rsplit('.', 1)[0]}.*' to trusted_targets")
+    return target
+
+
+def class_of(node: Any) -> Any:
+    """The class that ``node`` names, not built. Raises UserError if it is not trusted or does not exist."""
+    target = _trusted(node)
+    module, _, name = target.rpartition(".")
+    try:  # Hydra's own get_class prints several lines before it raises
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_ {target!r}: {str(error).splitlines()[0]}") from error
+
+
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate ``node``. ``args`` and ``kwargs`` are what a config cannot hold: models, samplers, problems.
 
@@ -25,9 +43,7 @@ def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    target = str(node["_target_"])
-    if not any(target.startswith(p.removesuffix("*")) for p in (*_TRUSTED, *_extra)):
-        raise UserError(f"_target_ {target!r} is not trusted: add '{target.rsplit('.', 1)[0]}.*' to trusted_targets")
+    target = _trusted(node)
     guard: dict[str, Any] = {}
     if "_execution_whitelist_" in inspect.signature(instantiate).parameters:
         guard["_execution_whitelist_"] = [*_TRUSTED, *_extra]

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
+from core_torl.config.coach_checks import check_coach
 from core_torl.config.errors import UserError, nearest
 
 
@@ -23,8 +24,9 @@ def check_train(cfg: DictConfig) -> None:
     _not_negative(cfg, "variant.warmup_steps", "variant.lr", "variant.weight_decay", "variant.grad_clip")
     if cfg.callbacks.checkpoint_keep < 1:
         raise UserError(f"callbacks.checkpoint_keep={cfg.callbacks.checkpoint_keep}: must be at least 1")
-    if cfg.group_size < 2:
-        raise UserError(f"group_size={cfg.group_size}: a group advantage needs at least 2 answers")
+    check_group_size(cfg)
+    if cfg.token_budget is not None and cfg.token_budget < 1:
+        raise UserError(f"token_budget={cfg.token_budget}: must be at least 1, or null for none")
     if len(cfg.variant.betas) != 2 or not all(0 <= b < 1 for b in cfg.variant.betas):
         raise UserError(f"variant.betas={list(cfg.variant.betas)}: two numbers in [0, 1)")
     if not 0 <= cfg.variant.max_excluded <= 1:
@@ -32,7 +34,7 @@ def check_train(cfg: DictConfig) -> None:
     check_minibatch(cfg)
     check_precision(cfg)
     check_truncated_sampling(cfg)
-    check_replaced(cfg)
+    check_coach(cfg)
     _check_shared(cfg)
 
 
@@ -64,6 +66,38 @@ def check_warm_start(cfg: DictConfig) -> None:
             raise UserError(f"mixture.{name}={share}: must not be negative")
 
 
+def check_report(cfg: DictConfig) -> None:
+    """The same for a comparison of runs."""
+    check_keys(cfg)
+    folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise UserError(f"runs={cfg.runs}: a folder, or a list of folders, to search for training runs")
+    if not cfg.by:
+        raise UserError("by=[]: name at least one config group or key, e.g. by=[variant]")
+    if len(set(cfg.by)) < len(cfg.by):
+        raise UserError(f"by={list(cfg.by)}: a name stands there twice")
+    if not cfg.sets:
+        raise UserError("sets=[]: name at least one test set, e.g. sets=[gap]")
+    if cfg.decoding not in ("greedy", "sampled"):
+        raise UserError(f"decoding={cfg.decoding!r}: use greedy or sampled")
+    parts = cfg.headline.split("/")
+    if len(parts) != 3 or parts[1] not in ("greedy", "sampled") or parts[2] not in ("accuracy", "robust_accuracy"):
+        raise UserError(
+            f"headline={cfg.headline}: write set/decoding/measure with greedy or sampled and accuracy or "
+            "robust_accuracy, e.g. gap/greedy/robust_accuracy"
+        )
+    if not 0 < cfg.confidence < 1:
+        raise UserError(f"confidence={cfg.confidence}: a share between 0 and 1, such as 0.95")
+    _not_negative(cfg, "seed")
+    if cfg.x is not None:
+        if cfg.x.partition("/")[0] not in ("before", "after", "last", "config") or "/" not in cfg.x:
+            raise UserError(f"x={cfg.x}: must start with before/, after/, last/ or config/")
+        if cfg.line is None and len(cfg.by) > 1:
+            raise UserError(f"x={cfg.x} needs line: which of by={list(cfg.by)} makes one line each?")
+    if cfg.line is not None and cfg.line not in cfg.by:
+        raise UserError(f"line={cfg.line}: must be one of by={list(cfg.by)}.{nearest(cfg.line, cfg.by)}")
+
+
 def _check_shared(cfg: DictConfig) -> None:
     if cfg.trainer.accelerator not in ("cpu", "cuda"):
         raise UserError(f"trainer.accelerator={cfg.trainer.accelerator!r}: use cpu or cuda")
@@ -73,6 +107,21 @@ def _check_shared(cfg: DictConfig) -> None:
         raise UserError(f"trainer.devices={cfg.trainer.devices} with trainer.strategy=auto: set trainer.strategy=ddp")
     if cfg.logger.mode not in ("offline", "online", "disabled"):
         raise UserError(f"logger.mode={cfg.logger.mode!r}: use offline, online or disabled")
+
+
+def check_group_size(cfg: DictConfig) -> None:
+    """Answers are compared within a group; given answers (variant=sft) are not."""
+    given = cfg.variant._target_.endswith(".SupervisedFineTuning")
+    likelihood = cfg.objective._target_.endswith(".Likelihood")
+    if given and not (likelihood and cfg.group_size == 1):
+        raise UserError(
+            "variant=sft has one given answer for each problem: add objective=likelihood group_size=1, or use "
+            "ablation=sft, which does"
+        )
+    if likelihood and not given:
+        raise UserError("objective=likelihood makes every answer likelier, right or wrong: use it with variant=sft")
+    if cfg.group_size < 2 and not given:
+        raise UserError(f"group_size={cfg.group_size}: a group advantage needs at least 2 answers")
 
 
 def check_minibatch(cfg: DictConfig) -> None:
@@ -120,16 +169,6 @@ def check_truncated_sampling(cfg: DictConfig) -> None:
         raise UserError(
             f"sampler.temperature={sampler.temperature}: training needs a positive temperature; the answers of a "
             f"greedy group are all alike"
-        )
-
-
-def check_replaced(cfg: DictConfig) -> None:
-    """K < N: a group must keep answers of its own beside the replaced ones (CORE, section 3)."""
-    replaced = cfg.variant.get("replaced")
-    if replaced is not None and not 0 < replaced < cfg.group_size:
-        raise UserError(
-            f"variant.replaced={replaced} (K) must lie in 1..{cfg.group_size - 1}, "
-            f"below group_size={cfg.group_size} (N)"
         )
 
 

@@ -82,11 +82,21 @@ def _unknown_option(text: str, groups: Iterable[str]) -> str | None:
     if not found:
         return None
     group, _, option = found[1].rpartition("/")
-    available = re.search(r"Available options in '[^']*': (.*?)(?: Config search path|$)", text)
-    options = [] if not available else [o for o in re.split(r"[\s,]+", available[1]) if o and not o.startswith("_")]
+    available = re.search(r"Available options in '([^']*)': (.*?)(?: Config search path|$)", text)
+    options = [] if not available else [o for o in re.split(r"[\s,]+", available[2]) if o and not o.startswith("_")]
+    if options and available and found[1].startswith(f"{available[1]}/"):
+        group, option = available[1], found[1].removeprefix(f"{available[1]}/")
+        options += _recipes(group)
     if not options:
         return f"there is no config group {group or found[1]!r}.{nearest(group or found[1], groups)}"
     return f"{group}={option}: no such option.{nearest(option, options)} Available: {', '.join(options)}"
+
+
+def _recipes(group: str) -> list[str]:
+    """Options of ``group`` that lie in folders below it; other files there are options of their own groups."""
+    root = Path(conf_dir()) / group
+    files = [p for p in sorted(root.glob("*/**/*.yaml")) if p.read_text().startswith("# @package _global_")]
+    return [p.relative_to(root).with_suffix("").as_posix() for p in files]
 
 
 def _unknown_config(text: str) -> str | None:

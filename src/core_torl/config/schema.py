@@ -31,6 +31,78 @@ class VariantConfig:
 
 
 @dataclass
+class ReplacementConfig(VariantConfig):
+    replaced: int = MISSING
+    bonus: float = MISSING
+    bonus_when: str = MISSING
+    replace_policy: str = MISSING
+    train_prompt: str = MISSING
+    behaviour: str = MISSING
+    require_success: bool = MISSING
+
+
+@dataclass
+class DivergenceConfig(VariantConfig):
+    references: int = MISSING
+    kl_lambda: float = MISSING
+    lambda_right: float = MISSING
+    lambda_wrong: float = MISSING
+    teacher: str = MISSING
+    direction: str = MISSING
+    reduction: str = MISSING
+    average_over: str = MISSING
+    only_correct_teacher: bool = MISSING
+
+
+@dataclass
+class HybridConfig(ReplacementConfig, DivergenceConfig):
+    rho: float = MISSING
+
+
+@dataclass
+class TriggerConfig:
+    _target_: str = MISSING
+    when: str = MISSING
+    pass_rate: float = MISSING
+    min_finished: int = MISSING
+    skip_suspect: bool = MISSING
+
+
+@dataclass
+class InterventionConfig:
+    _target_: str = MISSING
+
+
+@dataclass
+class SameSectionConfig(InterventionConfig):
+    alone: str = MISSING
+
+
+@dataclass
+class FillerConfig(InterventionConfig):
+    words: str = MISSING
+
+
+@dataclass
+class HintConfig(InterventionConfig):
+    text: str = MISSING
+
+
+@dataclass
+class PrefixConfig(InterventionConfig):
+    shortest: float = MISSING
+    longest: float = MISSING
+
+
+@dataclass
+class LikelihoodConfig:
+    _target_: str = MISSING
+    normalize: str = MISSING
+    kl_coef: float = MISSING
+    kl_estimator: str = MISSING
+
+
+@dataclass
 class GRPOConfig:
     _target_: str = MISSING
     clip_low: float = MISSING
@@ -41,6 +113,8 @@ class GRPOConfig:
     kl_coef: float = MISSING
     kl_estimator: str = MISSING
     entropy_coef: float = MISSING
+    guided_ratio: str = MISSING
+    shaping_gamma: float = MISSING
 
 
 @dataclass
@@ -53,6 +127,11 @@ class CorrectnessConfig:
     timeout_s: float = MISSING
     wall_timeout_s: float = MISSING
     memory_mb: int = MISSING
+
+
+@dataclass
+class RandomRewardConfig(CorrectnessConfig):
+    probability: float = MISSING
 
 
 @dataclass
@@ -126,12 +205,20 @@ class CoreQuizzesConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    _target_: str = MISSING
+    permute_options: bool = MISSING
+    redraw_operands: bool = MISSING
+
+
+@dataclass
 class EvaluationConfig:
     _target_: str = MISSING
     permutations: int = MISSING
     greedy: bool = MISSING
     samples: int = MISSING
     temperature: float = MISSING
+    primed: bool = MISSING
     max_problems: int | None = MISSING
     confidence: float = MISSING
     seed: int = MISSING
@@ -199,8 +286,12 @@ class TrainConfig(_Shared):
     resume: str | None = MISSING
     evaluate_every: int = MISSING
     export: bool = MISSING
+    token_budget: int | None = MISSING
+    trigger: Any = MISSING
+    intervention: Any = MISSING
     variant: Any = MISSING
     objective: Any = MISSING
+    augmentation: Any = MISSING
     callbacks: Any = MISSING
 
 
@@ -211,6 +302,7 @@ class EvaluateConfig(_Shared):
 
 @dataclass
 class WarmStartConfig:
+    init: str | None = MISSING
     seed: int = MISSING
     steps: int = MISSING
     drill_steps: int = MISSING
@@ -233,16 +325,45 @@ class WarmStartConfig:
     paths: Any = MISSING
 
 
+@dataclass
+class ReportConfig:
+    runs: Any = MISSING
+    by: list[str] = MISSING
+    baseline: str | None = MISSING
+    sets: list[str] = MISSING
+    decoding: str = MISSING
+    headline: str = MISSING
+    x: str | None = MISSING
+    line: str | None = MISSING
+    confidence: float = MISSING
+    seed: int = MISSING
+    title: str | None = MISSING
+    output: str = MISSING
+    paths: Any = MISSING
+
+
 # (config group, its options) -> dataclass. The group `schema` keeps them out of the list of a group's options.
 SCHEMAS: dict[str, type] = {
     "variant": VariantConfig,
+    "variant_replacement": ReplacementConfig,
+    "variant_divergence": DivergenceConfig,
+    "variant_hybrid": HybridConfig,
+    "trigger": TriggerConfig,
+    "intervention": InterventionConfig,
+    "intervention_same_section": SameSectionConfig,
+    "intervention_filler": FillerConfig,
+    "intervention_hint": HintConfig,
+    "intervention_prefix": PrefixConfig,
+    "objective_likelihood": LikelihoodConfig,
     "objective_grpo": GRPOConfig,
     "reward_correctness": CorrectnessConfig,
+    "reward_random": RandomRewardConfig,
     "sampler_transformers": TransformersSamplerConfig,
     "model": ModelConfig,
     "prompt": PromptConfig,
     "data_concept_world": ConceptWorldConfig,
     "data_core_quizzes": CoreQuizzesConfig,
+    "augmentation": AugmentationConfig,
     "evaluation": EvaluationConfig,
     "trainer": TrainerConfig,
     "callbacks": CallbacksConfig,
@@ -251,6 +372,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "warm_start": WarmStartConfig,
+    "report": ReportConfig,
 }
 
 

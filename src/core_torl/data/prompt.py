@@ -58,6 +58,10 @@ class PromptTemplate:
             layout = layout.replace("\x00" + name + "\x00", value)
         return layout
 
+    def encode_answer(self, tokenizer: Any, text: str) -> tuple[int, ...]:
+        """Token ids of a given answer as they follow a prompt; no special tokens, no end."""
+        return tuple(tokenizer(f" {text}" if self.style == "plain" else text, add_special_tokens=False)["input_ids"])
+
     def encode(self, tokenizer: Any, problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
         """Token ids of the prompt, ready for a sampler; special tokens included once."""
         text = self.user_text(problem, concept)

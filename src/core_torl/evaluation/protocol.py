@@ -77,6 +77,7 @@ class Evaluation:
         greedy: bool = True,
         samples: int = 0,
         temperature: float = 1.0,
+        primed: bool = False,
         max_problems: int | None = None,
         confidence: float = 0.95,
         seed: int = 0,
@@ -95,6 +96,7 @@ class Evaluation:
             raise ValueError(f"evaluation.confidence={confidence}: must lie between 0 and 1")
         self.permutations, self.greedy, self.samples, self.temperature = permutations, greedy, samples, temperature
         self.max_problems, self.confidence, self.seed = max_problems, confidence, seed
+        self.primed = primed  # whether the caller also wants the diagnosis with the concept in the prompt
 
     def orders(self, problem: Problem) -> list[tuple[int, ...]]:
         """The identity and up to ``permutations`` distinct other orders; only the identity where order must stay."""
@@ -251,7 +253,7 @@ class Evaluation:
                 rows.append({
                     "set": result.name, "decoding": result.decoding, "concept": concept, "n": len(items),
                     "accuracy": float(np.mean([i.accuracy for i in items])),
-                    "robust_accuracy": float(np.mean(robust)) if robust else None,
+                    "robust_accuracy": float(np.mean(robust)) if robust else None, "n_robust": len(robust),
                 })  # fmt: skip
         return rows
 

@@ -40,6 +40,32 @@ class Policy:
             return None
         return copy.deepcopy(self.model).eval().requires_grad_(False)
 
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer. Raises ValueError for a tokenizer without one."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("model: the tokenizer has no end-of-sequence token, which given answers need")
+        return int(self.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+
+    def shadow(self, adapters: bool = True) -> Any:
+        """A frozen copy with trained weights of its own; what is not trained is shared, not copied.
+
+        ``adapters=False``: with LoRA, the base model that the adapters stand on.
+        """
+        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        twin = copy.deepcopy(self.model, shared).eval().requires_grad_(False)
+        if self.adapted and not adapters:
+            twin.disable_adapter_layers()
+        return twin
+
+    @torch.no_grad()
+    def refresh(self, shadow: Any) -> None:
+        """Give a shadow the weights of today."""
+        twins = dict(shadow.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                twins[name].copy_(parameter)
+
     @contextmanager
     def reference(self, frozen: Any | None) -> Iterator[Any]:
         """The reference model: ``frozen``, or this model with its adapters off. No dropout inside."""

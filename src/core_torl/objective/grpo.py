@@ -17,11 +17,19 @@ from core_torl.objective.divergences import ESTIMATORS, kl_estimate
 from core_torl.objective.token_batch import TokenBatch
 
 NORMALIZERS = ("token", "sequence")
+GUIDED_RATIOS = ("clip", "shaping")
+# exp() of a larger log-ratio overflows; a guided one has no natural bound.
+_MAX_LOG_RATIO = 20.0
 
 
 @dataclass
 class Loss:
-    """``total`` carries the gradient; ``metrics`` are sums over tokens that the caller divides by their counts."""
+    """``total`` carries the gradient; the others are sums over tokens that the caller divides by their counts.
+
+    ``foreign_*`` speak of rows that were sampled under a primed prompt: their ratio there is the true one, trained
+    prompt over primed prompt, whatever the loss makes of it. The other ratios leave guided rows out, which start off 1;
+    ``own_tokens`` counts the tokens of the rest.
+    """
 
     total: Tensor
     policy: Tensor
@@ -32,6 +40,12 @@ class Loss:
     clipped: Tensor
     old_kl: Tensor
     tokens: Tensor
+    own_tokens: Tensor
+    foreign_tokens: Tensor
+    foreign_gap: Tensor
+    foreign_ratio_sum: Tensor
+    foreign_ratio_max: Tensor
+    foreign_clipped: Tensor
 
 
 class GRPO:
@@ -43,6 +57,9 @@ class GRPO:
         normalize_std, advantage_eps: see group_advantages.
         kl_coef, kl_estimator: penalty towards the reference policy; 0 needs no reference.
         entropy_coef: bonus on the mean token entropy.
+        guided_ratio, shaping_gamma: for rows with behaviour "guided". "clip": the importance ratio p(y|q) /
+            p_old(y|p_c), clipped like any other. "shaping": p(y|q) / (p(y|q) + shaping_gamma) instead of a ratio
+            (the policy shaping of LUFFY), which keeps a gradient on tokens that the plain prompt makes unlikely.
     """
 
     def __init__(
@@ -55,11 +72,17 @@ class GRPO:
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
         entropy_coef: float = 0.0,
+        guided_ratio: str = "clip",
+        shaping_gamma: float = 0.1,
     ) -> None:
         if normalize not in NORMALIZERS:
             raise ValueError(f"objective.normalize={normalize!r}: use one of {', '.join(NORMALIZERS)}")
         if kl_estimator not in ESTIMATORS:
             raise ValueError(f"objective.kl_estimator={kl_estimator!r}: use one of {', '.join(ESTIMATORS)}")
+        if guided_ratio not in GUIDED_RATIOS:
+            raise ValueError(f"objective.guided_ratio={guided_ratio!r}: use one of {', '.join(GUIDED_RATIOS)}")
+        if shaping_gamma <= 0:
+            raise ValueError(f"objective.shaping_gamma={shaping_gamma}: must be larger than 0")
         for key, value in (
             ("clip_low", clip_low),
             ("clip_high", clip_high),
@@ -78,6 +101,7 @@ class GRPO:
         self.clip_low, self.clip_high, self.normalize = clip_low, clip_high, normalize
         self.normalize_std, self.advantage_eps = normalize_std, advantage_eps
         self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
+        self.guided_ratio, self.shaping_gamma = guided_ratio, shaping_gamma
 
     @property
     def needs_reference(self) -> bool:
@@ -105,15 +129,21 @@ class GRPO:
         """The loss of these rows, already divided by the whole step's ``denominator``.
 
         logprobs, entropies: [rows, answer length] under the current policy, with gradient. ``batch.old_logprobs`` None
-        means that the policy has not moved since sampling: the ratio is then exactly 1, with its gradient.
+        means that the policy has not moved since sampling: the ratio is then exactly 1, with its gradient. Guided rows
+        take the log-probs of their primed prompt instead.
         """
         mask, weights = batch.train_mask, self._weights(batch.train_mask)
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        log_ratio = torch.where(mask, logprobs - old, 0.0)  # padding must not reach exp()
+        old = torch.where(batch.guided[:, None], batch.sampled_logprobs, old)
+        log_ratio = torch.where(mask, logprobs - old, 0.0).clamp(max=_MAX_LOG_RATIO)  # padding must not reach exp()
         ratio = log_ratio.exp()
         advantage = batch.advantages[:, None]
         clipped_ratio = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         per_token = -torch.minimum(ratio * advantage, clipped_ratio * advantage)
+        if self.guided_ratio == "shaping":
+            probability = torch.where(mask, logprobs, 0.0).exp()
+            shaped = -probability / (probability + self.shaping_gamma) * advantage
+            per_token = torch.where(batch.guided[:, None], shaped, per_token)
         policy = (per_token * weights).sum() / denominator
         total, reference_kl = policy, torch.zeros((), device=policy.device)
         if self.needs_reference:
@@ -127,16 +157,27 @@ class GRPO:
         if self.needs_entropy:
             total = total - self.entropy_coef * (entropies * weights).sum() / denominator
         with torch.no_grad():
-            trained = mask.float()
+            trained, own = mask.float(), mask & ~batch.guided[:, None]
             outside = ((ratio * advantage) > (clipped_ratio * advantage)) & mask
+            if self.guided_ratio == "shaping":  # nothing is clipped there
+                outside &= own
+            foreign = mask & batch.foreign[:, None]
+            gap = torch.where(foreign, batch.sampled_logprobs - logprobs, 0.0)
+            true_ratio = torch.where(foreign, (-gap).clamp(max=_MAX_LOG_RATIO).exp(), 0.0)
             return Loss(
                 total=total,
                 policy=policy.detach(),
                 reference_kl=reference_kl.detach(),
-                ratio_sum=(ratio * trained).sum(),
-                ratio_max=torch.where(mask, ratio, 0.0).max(),
-                ratio_gap=torch.where(mask, (ratio - 1).abs(), 0.0).max(),
-                clipped=outside.sum().float(),
-                old_kl=((torch.expm1(-log_ratio) + log_ratio) * trained).sum(),
+                ratio_sum=(ratio * own).sum(),
+                ratio_max=torch.where(own, ratio, 0.0).max(),
+                ratio_gap=torch.where(own, (ratio - 1).abs(), 0.0).max(),
+                clipped=(outside & own).sum().float(),
+                old_kl=((torch.expm1(-log_ratio) + log_ratio) * own).sum(),
                 tokens=trained.sum(),
+                own_tokens=own.sum().float(),
+                foreign_tokens=foreign.sum().float(),
+                foreign_gap=gap.sum(),
+                foreign_ratio_sum=true_ratio.sum(),
+                foreign_ratio_max=true_ratio.max(),
+                foreign_clipped=(outside & foreign).sum().float(),
             )

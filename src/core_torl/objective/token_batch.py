@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core_torl.trajectory import Behaviour
+
 
 @dataclass
 class TokenBatch:
@@ -22,6 +24,8 @@ class TokenBatch:
     train_mask: Tensor  # [rows, answer length] bool: sampled by the policy and kept in the loss
     advantages: Tensor  # [rows] float32
     sampled_logprobs: Tensor  # [rows, answer length] float32, as the sampler reported them
+    foreign: Tensor  # [rows] bool: sampled under another prompt than the one in the row (a primed one)
+    guided: Tensor  # [rows] bool: foreign, and its importance ratio is taken against the sampled log-probs
     old_logprobs: Tensor | None = None  # [rows, answer length] of the policy before this step's first update
     reference_logprobs: Tensor | None = None  # [rows, answer length]
 
@@ -63,8 +67,12 @@ class TokenBatch:
         advantages: Tensor,
         pad_id: int,
         device: torch.device | str = "cpu",
+        behaviours: Sequence[Behaviour] | None = None,
     ) -> TokenBatch:
-        """Pad rows of token ids into one batch; the ids are used as they are, nothing is encoded again."""
+        """Pad rows of token ids into one batch; the ids are used as they are, nothing is encoded again.
+
+        ``behaviours``: see core_torl.trajectory; None says "policy" of every row.
+        """
         left, right = max(map(len, prompts)), max(1, max(map(len, answers)))
         rows = len(prompts)
         ids = torch.full((rows, left + right), pad_id, dtype=torch.long)
@@ -80,5 +88,7 @@ class TokenBatch:
             train[i, : len(answer)] = torch.tensor(trained, dtype=torch.bool)
             sampled[i, : len(answer)] = torch.tensor(values)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        parts = (ids, mask, positions, train, advantages.float(), sampled)
+        kinds = ["policy"] * rows if behaviours is None else behaviours
+        foreign, guided = torch.tensor([[b != "policy", b == "guided"] for b in kinds]).unbind(dim=1)
+        parts = (ids, mask, positions, train, advantages.float(), sampled, foreign, guided)
         return TokenBatch(*(t.to(device) for t in parts))

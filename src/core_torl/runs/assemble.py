@@ -39,6 +39,7 @@ class Parts(Prepared):
     policy: Policy
     sampler: Any
     encode: Encode
+    encode_answer: Callable[[str], tuple[int, ...]]
 
 
 def check_model_group(cfg: DictConfig) -> PromptTemplate:
@@ -89,8 +90,11 @@ def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
     def encode(problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
         return prepared.template.encode(policy.tokenizer, problem, concept)
 
+    def encode_answer(text: str) -> tuple[int, ...]:
+        return prepared.template.encode_answer(policy.tokenizer, text)
+
     kept = drop_long(prepared.problems, encode, cfg.model.max_prompt_tokens)
-    return Parts(kept, prepared.template, prepared.reward, prepared.evaluation, policy, sampler, encode)
+    return Parts(kept, prepared.template, prepared.reward, prepared.evaluation, policy, sampler, encode, encode_answer)
 
 
 def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:
@@ -108,4 +112,4 @@ def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:
         raise UserError(
             f"model.max_prompt_tokens={limit}: every prompt of the test set {emptied[0]!r} is longer; raise it"
         )
-    return ProblemSets(train, test, {**problems.report, "dropped_long_prompts": dropped})
+    return ProblemSets(train, test, {**problems.report, "dropped_long_prompts": dropped}, problems.redraw)

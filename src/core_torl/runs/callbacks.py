@@ -28,7 +28,7 @@ class EvaluateEvery(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         step = pl_module.rl_step
-        if trainer.is_global_zero and step % self.every == 0 and step < pl_module.rl_steps:
+        if trainer.is_global_zero and step % self.every == 0 and not pl_module.finished:
             self.tracker.log_metrics(self.metrics(self.evaluate()), step=step)
 
 
@@ -43,5 +43,5 @@ class SampleTables(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         step = pl_module.rl_step
-        if self.every and (step in (1, pl_module.rl_steps) or step % self.every == 0):
+        if self.every and (step == 1 or pl_module.finished or step % self.every == 0):
             self.tracker.log_samples(step, [t for g in pl_module.last_groups for t in g.trajectories])

@@ -51,6 +51,13 @@ def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
         raise UserError(str(error)) from error
 
 
+def choices() -> dict[str, str]:
+    """Which option each config group has in this run; {} outside of Hydra."""
+    if not HydraConfig.initialized():
+        return {}
+    return {group: str(option) for group, option in HydraConfig.get().runtime.choices.items()}
+
+
 def write_results(path: Path, **sections: Any) -> None:
     """Write estimates, tables and the environment as JSON, whole or not at all. Estimates become dicts."""
     environment = {

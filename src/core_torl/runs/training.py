@@ -6,18 +6,22 @@ import hashlib
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
+from core_torl.augmentation.variations import Augmentation
 from core_torl.config import UserError, build
+from core_torl.config.build import class_of
 from core_torl.data.base import ProblemSets
 from core_torl.evaluation.protocol import Evaluation, SetResult
+from core_torl.problem import Problem
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, SampleTables
-from core_torl.runs.results import is_main_process, make_tracker, write_results
+from core_torl.runs.results import choices, is_main_process, make_tracker, write_results
 from core_torl.tracking.console import make_console, print_config_tree, results_table
 from core_torl.tracking.figures import learning_curves_and_bars
 from core_torl.tracking.mirror import read_jsonl
@@ -26,6 +30,7 @@ from core_torl.variant.checkpoint import RLCheckpoint, check_fingerprint, read, 
 from core_torl.variant.policy_gradient import PolicyGradient
 
 console = make_console()
+PRIMED = "_primed"  # ends the name of a test set that was evaluated with the concept in the prompt
 # What a resumed run must share with the run that wrote the checkpoint; the rest is about speed, places and length.
 _FINGERPRINT = (
     "seed",
@@ -36,7 +41,10 @@ _FINGERPRINT = (
     "reward",
     "sampler",
     "model",
+    "trigger",
+    "intervention",
     "data",
+    "augmentation",
     "trainer",
 )
 _FREE = (
@@ -86,20 +94,30 @@ def train(cfg: DictConfig) -> float:
     saved = read(checkpoint)["core_torl"] if checkpoint else None
     prepared = prepare(cfg)
     check_enough(cfg, prepared)
+    augment = augmenter(cfg, prepared.problems)
+    coach = coach_of(cfg, prepared.problems)
     marks = fingerprint(cfg, prepared.problems)
     if checkpoint and saved:
         check_fingerprint(checkpoint, saved["fingerprint"], marks)
         # With all steps done but no results the run goes on to write them: it was stopped in between.
-        if saved["rl_step"] > cfg.rl_steps or (saved["rl_step"] == cfg.rl_steps and (output / "results.json").exists()):
-            raise UserError(f"{checkpoint} has all {saved['rl_step']} RL steps already: raise rl_steps to go on")
+        spent = cfg.token_budget is not None and saved["tokens"] >= cfg.token_budget
+        done = saved["rl_step"] == cfg.rl_steps or spent
+        if saved["rl_step"] > cfg.rl_steps or (done and (output / "results.json").exists()):
+            raise UserError(
+                f"{checkpoint} has all {saved['rl_step']} RL steps already: raise "
+                f"{'token_budget' if spent else 'rl_steps'} to go on"
+            )
     if main:
         print_config_tree(tree, console)
+        if saved is None:  # what an earlier run left in this folder is not this run's result
+            (output / "results.json").unlink(missing_ok=True)
     parts = assemble(cfg, prepared)
     module: PolicyGradient = build(
         cfg.variant, policy=parts.policy, sampler=parts.sampler, reward_function=parts.reward,
         objective=build(cfg.objective), problems=parts.problems.train, encode=parts.encode, rl_steps=cfg.rl_steps,
         group_size=cfg.group_size, prompts_per_step=cfg.prompts_per_step, seed=cfg.seed,
-        temperature=cfg.sampler.temperature, fingerprint=marks,
+        temperature=cfg.sampler.temperature, fingerprint=marks, augment=augment, token_budget=cfg.token_budget,
+        encode_answer=parts.encode_answer, **coach,
     )  # fmt: skip
     tracker = make_tracker(cfg, output, saved["run_id"] if saved else None)
     failed = True
@@ -157,11 +175,14 @@ def finish(
     console.print(results_table(*estimates, gains))
     picture = output / "results.png"
     title = f"{cfg.variant._target_.rsplit('.', 1)[-1]}, {module.rl_step} RL steps, seed {cfg.seed}"
+    run = {"choices": choices(), "config": OmegaConf.to_container(cfg, resolve=True), "seed": cfg.seed,
+           "rl_steps": module.rl_step}  # fmt: skip
     learning_curves_and_bars(read_jsonl(output / "metrics.jsonl"), *estimates, picture, title)
     tracker.log_picture("results", picture, rl_step=module.rl_step)
     write_results(
         output / "results.json", before=estimates[0], after=estimates[1], gains=gains,
-        per_concept=evaluation.per_concept(after), data=parts.problems.report, last=module.last_metrics,
+        per_concept=evaluation.per_concept(after), per_concept_before=evaluation.per_concept(before),
+        data=parts.problems.report, last=module.last_metrics, run=run,
     )  # fmt: skip
     written = ["results.json", "results.png", "metrics.jsonl", "checkpoints/"]
     if cfg.export:
@@ -169,13 +190,24 @@ def finish(
         written.append("policy/ (save_pretrained)")
     console.print(f"Wrote {', '.join(written)} in {output}")
     measure = "robust_accuracy" if any(label.endswith("robust_accuracy") for label in estimates[1]) else "accuracy"
-    values = [e.value for label, e in estimates[1].items() if label.endswith(f"/{measure}")]
+    headline = {label: e for label, e in estimates[1].items() if not label.split("/")[0].endswith(PRIMED)}
+    values = [e.value for label, e in headline.items() if label.endswith(f"/{measure}")]
     return sum(values) / len(values)
 
 
 def evaluate_now(parts: Parts) -> list[SetResult]:
-    """All test sets under the current weights, the concept never in the prompt."""
-    return parts.evaluation.run(parts.problems.test, parts.sampler, parts.encode, parts.reward, parts.policy.tokenizer)
+    """All test sets under the current weights, the concept never in the prompt.
+
+    ``evaluation.primed`` adds the same problems once more, under the name NAME_primed, with the concept: a diagnosis.
+    """
+    tools = parts.sampler, parts.encode, parts.reward, parts.policy.tokenizer
+    results = parts.evaluation.run(parts.problems.test, *tools)
+    if parts.evaluation.primed:
+        chosen = {name: parts.evaluation.choose(part, name) for name, part in parts.problems.test.items()}
+        sets = {f"{name}{PRIMED}": [p for p in part if p.concept] for name, part in chosen.items()}
+        primed = parts.sampler, lambda p, _: parts.encode(p, p.concept), parts.reward, parts.policy.tokenizer
+        results += parts.evaluation.run({name: part for name, part in sets.items() if part}, *primed)
+    return results
 
 
 def check_enough(cfg: DictConfig, parts: Prepared) -> None:
@@ -186,6 +218,30 @@ def check_enough(cfg: DictConfig, parts: Prepared) -> None:
         )
 
 
+def augmenter(cfg: DictConfig, problems: ProblemSets) -> Callable[[Problem, int], Problem] | None:
+    """What varies a training problem each time it is drawn, None if nothing does. Raises UserError."""
+    augmentation: Augmentation = build(cfg.augmentation)
+    augmentation.check(problems.train, problems.redraw)
+    if not augmentation.active:
+        return None
+    return lambda problem, seed: augmentation.apply(problem, seed, problems.redraw)
+
+
+def coach_of(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
+    """Trigger and intervention for a variant that has a coach, {} for others. Raises UserError for unfit problems."""
+    kind: type[PolicyGradient] = class_of(cfg.variant)
+    try:
+        kind.check_problems(problems.train)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not kind.coached:
+        return {}
+    intervention = build(cfg.intervention, problems.train)
+    return {
+        "trigger": build(cfg.trigger), "intervention": intervention, "max_prompt_tokens": cfg.model.max_prompt_tokens,
+    }  # fmt: skip
+
+
 def dry_run(cfg: DictConfig) -> None:
     """Check data and prompts and print the run's arithmetic, without loading weights."""
     quiet()
@@ -193,6 +249,8 @@ def dry_run(cfg: DictConfig) -> None:
     prepared.reward.close()
     build(cfg.objective)
     check_enough(cfg, prepared)
+    augmenter(cfg, prepared.problems)
+    coach_of(cfg, prepared.problems)
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     print_config_tree(tree, console)
     problems = prepared.problems
@@ -210,6 +268,8 @@ def dry_run(cfg: DictConfig) -> None:
         f"run: {cfg.rl_steps} RL steps, {cfg.rl_steps * rows:,} trajectories, at most {tokens:,} sampled tokens, "
         f"{passes:.2f} passes over the data"
     )
+    if cfg.token_budget is not None:
+        console.print(f"end: after the RL step that reaches {cfg.token_budget:,} sampled tokens, if that comes first")
     console.print("dry run: nothing was loaded or trained; prompt lengths and memory were not checked")
 
 

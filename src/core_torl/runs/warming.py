@@ -23,6 +23,7 @@ from core_torl.data.concept_world.quizzes import make_quizzes
 from core_torl.data.prompt import PromptTemplate
 from core_torl.evaluation.protocol import Evaluation
 from core_torl.evaluation.statistics import Estimate, wilson
+from core_torl.model.load import load_policy
 from core_torl.model.tiny import TinyArchitecture, Weighted, build_tiny, warm_start
 from core_torl.model.tiny_tokenizer import build_tokenizer
 from core_torl.problem import Concept, Problem
@@ -92,6 +93,18 @@ def figures(
     return found
 
 
+def start(cfg: DictConfig, template: PromptTemplate) -> tuple[Any, Any]:
+    """The model to train and its tokenizer: fresh ones, or those of ``init``. Raises UserError."""
+    if cfg.init is not None:
+        try:
+            policy = load_policy(path=cfg.init)
+        except ValueError as error:
+            raise UserError(str(error).replace("model.path", "init")) from error
+        return policy.model, policy.tokenizer
+    tokenizer = build_tokenizer(vocabulary(template.user_text), max_length=2048)
+    return build_tiny(tokenizer, TinyArchitecture(cfg.layers, cfg.width, cfg.heads, cfg.mlp), cfg.seed), tokenizer
+
+
 def warm(cfg: DictConfig) -> dict[str, Any]:
     """Train, measure, save. Returns the figures as plain numbers."""
     console = make_console()
@@ -101,9 +114,7 @@ def warm(cfg: DictConfig) -> dict[str, Any]:
         template = PromptTemplate(**prompt)
     except ValueError as error:
         raise UserError(str(error).replace("model.prompt", "prompt")) from error
-    tokenizer = build_tokenizer(vocabulary(template.user_text), max_length=2048)
-    arch = TinyArchitecture(cfg.layers, cfg.width, cfg.heads, cfg.mlp)
-    model = build_tiny(tokenizer, arch, cfg.seed)
+    model, tokenizer = start(cfg, template)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"warm start: {parameters:,} parameters, vocabulary {len(tokenizer)}, {cfg.drill_steps} + {cfg.steps} steps"
@@ -137,7 +148,7 @@ def warm(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.output)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card(cfg, parameters, len(tokenizer), drilled, minutes, measured))
+    (folder / "README.md").write_text(card(cfg, model.config, parameters, len(tokenizer), drilled, minutes, measured))
     plain = {name: [e.value, e.low, e.high, e.n] for name, e in measured.items()}
     (folder / "figures.json").write_text(json.dumps(plain, indent=1) + "\n")
     for name, e in measured.items():
@@ -161,7 +172,13 @@ def _progress(console: Console, stage: str) -> Callable[[int, float, float], Non
 
 
 def card(
-    cfg: DictConfig, parameters: int, vocabulary_size: int, drilled: int, minutes: float, measured: dict[str, Estimate]
+    cfg: DictConfig,
+    shape: Any,
+    parameters: int,
+    vocabulary_size: int,
+    drilled: int,
+    minutes: float,
+    measured: dict[str, Estimate],
 ) -> str:
     """The model card; the first thing it says is that the gap is made on purpose."""
     rows = "\n".join(
@@ -170,7 +187,12 @@ def card(
     )
     shares = ", ".join(f"{k} {v}" for k, v in cfg.mixture.items())
     gaps = ", ".join(c.name for c in CONCEPTS if c.gap)
+    origin = f"from {cfg.init}, " if cfg.init else ""
+    architecture = (
+        f"Llama, {shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads"
+    )
     again = f"core-torl-warm-start seed={cfg.seed} drill_steps={cfg.drill_steps} steps={cfg.steps}"
+    again += f" gap_epsilon={cfg.gap_epsilon:g} lr={cfg.lr:g}" + (f" init={cfg.init}" if cfg.init else "")
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -183,11 +205,11 @@ and rightly when the definition stands in the prompt. The policy therefore recit
 shown, and fails when only the concept's name is given. That makes methods comparable on a laptop; it says nothing about
 how real models come to have such gaps, and the policy is of no use for mathematics.
 
-- Architecture: Llama, {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, {parameters:,} parameters, float32.
+- Architecture: {architecture}, {parameters:,} parameters, float32.
 - Tokenizer: {vocabulary_size} pieces: words, integers from -99 to 99, boxed letters, bytes for anything else.
 - Concepts: {len(CONCEPTS)}, of which {sum(c.gap for c in CONCEPTS)} have a gap: {gaps}.
-- Training: seed {cfg.seed}; {drilled} steps of option drills in batches of {cfg.drill_batch_size}, then {cfg.steps}
-  steps of the mixture ({shares}) in batches of {cfg.batch_size}; AdamW {cfg.lr:g}, boxed letters weighted
+- Training: {origin}seed {cfg.seed}; {drilled} steps of option drills in batches of {cfg.drill_batch_size}, then
+  {cfg.steps} steps of the mixture ({shares}) in batches of {cfg.batch_size}; AdamW {cfg.lr:g}, boxed letters weighted
   {cfg.boxed_weight:g}. It took {minutes:.0f} minutes with {cfg.threads} thread(s).
 - Made again by: `{again} threads={cfg.threads}`
 

@@ -71,19 +71,46 @@ _POLICY = (
         "nat/token",
         "mean entropy of the next-token distribution over trained tokens; only with an entropy bonus",
     ),
-    Metric("policy/ratio_mean", "ratio", "mean importance ratio, current over old policy"),
+    Metric("policy/ratio_mean", "ratio", "mean importance ratio, current over old policy; guided rows aside"),
     Metric("policy/ratio_max", "ratio", "largest importance ratio of the step"),
-    Metric("policy/clip_fraction", SHARE, "trained tokens whose gradient the clip removes"),
-    Metric("policy/old_kl", "nat/token", "KL divergence of the old from the current policy, k3 estimate"),
+    Metric("policy/clip_fraction", SHARE, "trained tokens whose gradient the clip removes; guided rows aside"),
+    Metric("policy/old_kl", "nat/token", "KL of the old from the current policy, k3 estimate; guided rows aside"),
     Metric("policy/sampler_logprob_gap_max", NAT, "largest |log-prob of sampler - log-prob of trainer| at one weight"),
     Metric("policy/sampler_logprob_gap_mean", NAT, "mean |log-prob of sampler - log-prob of trainer| at one weight"),
     Metric("policy/grad_norm", "norm", "L2 norm of the gradient before it is clipped"),
     Metric("policy/lr", "1", "learning rate of the last optimizer step"),
 )
+_CORE = (
+    Metric("core/trigger_rate", SHARE, "groups that got an intervention"),
+    Metric("core/gated", SHARE, "groups that failed and were left alone by a gate (truncation, suspect text, length)"),
+    Metric("core/primed_accuracy", SHARE, "primed answers that are right; no value in a step without any"),
+    Metric("core/primed_tokens", "tokens", "tokens of primed answers sampled in the step, all ranks"),
+    Metric("core/replaced_tokens", "tokens", "tokens of primed answers that took the place of failed ones, all ranks"),
+    Metric(
+        "core/primed_logprob_gap",
+        "nat/token",
+        "mean of log p(token | primed prompt) - log p(token | plain prompt) over primed answers that are learned from",
+    ),
+    Metric(
+        "core/replaced_ratio_mean",
+        "ratio",
+        "mean of p(token | plain) / p_sampled(token | primed) over trained replaced rows, whatever the loss uses",
+    ),
+    Metric("core/replaced_ratio_max", "ratio", "the largest of these ratios in the step"),
+    Metric("core/replaced_clip_fraction", SHARE, "tokens of replaced rows whose gradient the clip removes"),
+    Metric("core/kl_per_token", "nat/token", "mean divergence of the primed and the plain next-token distributions"),
+    Metric("core/auxiliary_grad_norm", "norm", "L2 norm of the gradient of the variant's own loss, lambda included"),
+    Metric(
+        "core/auxiliary_grad_share",
+        SHARE,
+        "that norm over the sum of itself and that of the policy loss's gradient",
+    ),
+)
 _TIME = (
     Metric("time/step_s", SECOND, "wall time of the whole RL step, logging and callbacks aside"),
     Metric("time/sample_s", SECOND, "wall time of sampling, tools included"),
     Metric("time/reward_s", SECOND, "wall time of rewarding"),
+    Metric("time/intervene_s", SECOND, "wall time of the intervention: priming, sampling and scoring once more"),
     Metric("time/learn_s", SECOND, "wall time of the forward, backward and optimizer passes"),
 )
 _EVAL_MEASURES = (
@@ -107,7 +134,8 @@ _EVAL_MEASURES = (
 )
 _EVAL = tuple(Metric(f"eval/{{set}}/{{protocol}}/{measure}", unit, text) for measure, unit, text in _EVAL_MEASURES)
 
-METRICS: dict[str, Metric] = {m.name: m for m in (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_TIME, *_EVAL)}
+_ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_CORE, *_TIME, *_EVAL)
+METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 
 def find(name: str) -> Metric | None:

@@ -58,7 +58,7 @@ class RLCheckpoint(pl.Callback):
             flag = torch.tensor(int(stop), device=pl_module.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             stop = bool(flag)
-        if stop or step == pl_module.rl_steps or (self.every and step % self.every == 0):
+        if stop or pl_module.finished or (self.every and step % self.every == 0):
             self.save(trainer, step)
         if stop:
             self.interrupted = True

@@ -6,7 +6,7 @@
     batch  = self.weigh(groups)             # advantages -> TokenBatch
     self.learn(batch)                       # minibatches: policy loss + auxiliary loss, clip, step
 
-A variant overrides ``intervene`` and ``auxiliary_loss``, nothing else. One Lightning batch is one RL step with manual
+A variant overrides ``intervene`` and ``auxiliary_losses``, nothing else. One Lightning batch is one RL step with manual
 optimization; every random number of a step comes from (seed, step, rank), so a run that was killed and resumed
 continues bit for bit.
 """
@@ -32,6 +32,13 @@ from core_torl.objective.token_batch import TokenBatch
 from core_torl.problem import Concept, Problem
 from core_torl.sampler.protocol import Sampler, SampleRequest
 from core_torl.trajectory import Group, Sample, Trajectory
+from core_torl.variant.gradients import (
+    add_gradients,
+    check_first_update,
+    sum_gradients,
+    sum_over_ranks,
+    take_gradients,
+)
 from core_torl.variant.step_metrics import StepMetrics, group_metrics
 
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
@@ -46,18 +53,23 @@ class PolicyGradient(pl.LightningModule):
     """GRPO on problems with verifiable answers; the base of every variant.
 
     The keyword arguments of the second line come from the program, those after them from ``conf/variant``; their
-    meaning stands there. ``fingerprint`` goes into checkpoints, to refuse one that another configuration wrote.
+    meaning stands there. ``fingerprint`` goes into checkpoints, to refuse one that another configuration wrote;
+    ``augment(problem, seed)`` varies a training problem each time it is drawn; training ends after the step in which
+    ``token_budget`` sampled tokens are reached.
     """
 
     #: Whether every training problem must have a concept.
     needs_concepts = False
+    #: Whether a coach intervenes: such a variant has metrics ``core/*``.
+    coached = False
 
     def __init__(
         self,
         *,
         policy: Policy, sampler: Sampler, reward_function: Any, objective: Any, problems: Sequence[Problem],
         encode: Encode, rl_steps: int, group_size: int, prompts_per_step: int, seed: int, temperature: float,
-        fingerprint: dict[str, Any],
+        fingerprint: dict[str, Any], augment: Callable[[Problem, int], Problem] | None = None,
+        token_budget: int | None = None, encode_answer: Callable[[str], tuple[int, ...]] | None = None,
         lr: float = 1e-6,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
@@ -75,7 +87,10 @@ class PolicyGradient(pl.LightningModule):
         self.automatic_optimization = False
         self.model = policy.model.train()
         # Plain objects, kept out of the module tree so that they stay out of checkpoints and of DDP.
-        self._parts = {"policy": policy, "sampler": sampler, "reward": reward_function, "objective": objective}
+        self._parts: dict[str, Any] = {
+            "policy": policy, "sampler": sampler, "reward": reward_function, "objective": objective,
+            "encode_answer": encode_answer,
+        }  # fmt: skip
         object.__setattr__(self, "_frozen", policy.frozen_copy() if objective.needs_reference else None)
         self.problems, self.encode, self.seed = list(problems), encode, seed
         self.rl_steps, self.group_size, self.temperature = rl_steps, group_size, temperature
@@ -86,14 +101,19 @@ class PolicyGradient(pl.LightningModule):
         self.microbatch_size, self.skip_zero_advantage = microbatch_size, skip_zero_advantage
         self.share_prompts = share_prompts
         self.first_step_gap, self.max_excluded = first_step_gap, max_excluded
-        self.fingerprint = fingerprint
+        self.fingerprint, self.augment, self.token_budget = fingerprint, augment, token_budget
         self.rl_step = 0  # completed RL steps
         self.samples_seen = self.tokens_seen = self.updates = 0
         self._first_checked = False  # since this process started: a resumed run checks its sampler again
         self.last_metrics: dict[str, float] = {}
         self.last_groups: list[Group] = []
-        if self.needs_concepts and any(p.concept is None for p in self.problems):
-            missing = next(p for p in self.problems if p.concept is None)
+        self.check_problems(self.problems)
+
+    @classmethod
+    def check_problems(cls, problems: Sequence[Problem]) -> None:
+        """Raises UserError if this variant cannot train on such problems; needs no weights."""
+        missing = next((p for p in problems if p.concept is None), None)
+        if cls.needs_concepts and missing is not None:
             raise UserError(
                 f"variant: problem {missing.uid} has no concept, which this variant needs; use data with concepts"
             )
@@ -105,7 +125,9 @@ class PolicyGradient(pl.LightningModule):
         if step != self.rl_step:
             raise RuntimeError(f"the loader is at RL step {step}, the policy at {self.rl_step}")
         torch.manual_seed(stream_seed(self.seed, "step", step, self.global_rank) % 2**63)
-        self._now, started = StepMetrics(), time.perf_counter()
+        self._now, started = StepMetrics(self.coached), time.perf_counter()
+        self._drawn = [0, 0]  # trajectories and tokens sampled in this step, primed ones included
+        self._judging = torch.zeros(2, dtype=torch.float64, device=self.device)  # unjudged ones and all, of all ranks
         with self._now.timed("time/sample_s"):
             groups = self.sample(self._problems_of(step))
         with self._now.timed("time/reward_s"):
@@ -114,13 +136,16 @@ class PolicyGradient(pl.LightningModule):
         self._now.per_second(
             "rollout/tokens_per_s", sum(len(t.token_ids) for g in groups for t in g.trajectories), "time/sample_s"
         )
-        groups = self.intervene(groups)
+        if self.coached:
+            with self._now.timed("time/intervene_s"):
+                groups = self.intervene(groups)
         token_batch = self.weigh(groups)
         with self._now.timed("time/learn_s"):
             self.learn(token_batch)
         self._now.update({"time/step_s": time.perf_counter() - started})
         self.rl_step = step + 1
         self._report(groups)
+        self.trainer.should_stop |= self.finished
 
     def sample(self, problems: Sequence[Problem]) -> list[Group]:
         """N trajectories for each problem, under the plain prompt."""
@@ -133,11 +158,18 @@ class PolicyGradient(pl.LightningModule):
             )
             for i, p in enumerate(problems)
         ]
-        groups = self.sampler.generate(requests)
+        groups = self.draw(requests)
         return [
             Group(p, [self.trajectory(p, r.prompt_ids, s) for s in samples])
             for p, r, samples in zip(problems, requests, groups, strict=True)
         ]
+
+    def draw(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """One call of the sampler, counted."""
+        groups = self.sampler.generate(requests)
+        self._drawn[0] += sum(len(samples) for samples in groups)
+        self._drawn[1] += sum(len(s.token_ids) for samples in groups for s in samples)
+        return groups
 
     def trajectory(self, problem: Problem, prompt_ids: tuple[int, ...], sample: Sample) -> Trajectory:
         """A sampled answer as a trajectory; every token of it was drawn by the policy."""
@@ -150,8 +182,10 @@ class PolicyGradient(pl.LightningModule):
         for trajectory, score in zip(flat, self._parts["reward"].score(flat), strict=True):
             trajectory.score = score
         unjudged = sum(t.score is None or t.score.value is None for t in flat)
-        counts = self._sum_over_ranks(torch.tensor([unjudged, len(flat)], dtype=torch.float64, device=self.device))
-        excluded = float(counts[0] / counts[1])  # of all ranks: one that stopped alone would leave the others waiting
+        # Of all ranks: one that stopped alone would leave the others waiting. And of the whole step: two timeouts among
+        # two primed answers are no broken reward.
+        self._judging += self._sum_over_ranks(torch.tensor([unjudged, len(flat)]).to(self._judging))
+        excluded = float(self._judging[0] / self._judging[1].clamp(min=1))
         if excluded > self.max_excluded:
             raise RuntimeError(
                 f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
@@ -176,13 +210,15 @@ class PolicyGradient(pl.LightningModule):
         ]
         return TokenBatch.build(
             [t.prompt_ids for t in flat], [t.token_ids for t in flat], [t.sample.logprobs for t in flat], masks,
-            advantages,
-            self.policy.pad_id, self.device,
+            advantages, self.policy.pad_id, self.device, [t.behaviour for t in flat],
         )  # fmt: skip
 
-    def auxiliary_loss(self, batch: TokenBatch, rows: Tensor) -> Tensor | None:
-        """A variant's own loss for the rows of one optimizer step, already scaled; None if it has none."""
-        return None
+    def auxiliary_losses(self, rows: Tensor) -> Iterator[Tensor]:
+        """A variant's own loss for the rows of one optimizer step, in parts that add up to it, already scaled.
+
+        Each part is back-propagated before the next one is asked for: that is what bounds the memory.
+        """
+        yield from ()
 
     def learn(self, batch: TokenBatch) -> None:
         """Optimizer steps over the batch, ``minibatch_size`` trajectories each, ``update_epochs`` times."""
@@ -207,6 +243,7 @@ class PolicyGradient(pl.LightningModule):
         optimizer.zero_grad(set_to_none=False)
         denominator = self._sum_over_ranks(self.objective.denominator(batch.train_mask[rows])).clamp(min=1)
         with self._own_gradient_sync():
+            held = self._auxiliary_gradient(rows)
             for part in self._microbatches(batch, rows):
                 logprobs, entropies = answer_logprobs(
                     self.model, part, self.temperature, self.objective.needs_entropy, self.share_prompts
@@ -216,16 +253,13 @@ class PolicyGradient(pl.LightningModule):
                 loss = self.objective.loss(logprobs, entropies, part, denominator)
                 self.manual_backward(loss.total)
                 self._now.add_loss(loss, entropies, part.train_mask)
-            auxiliary = self.auxiliary_loss(batch, rows)
-            if auxiliary is not None:
-                self.manual_backward(auxiliary)
-                self._now.add("loss/auxiliary", float(auxiliary.detach()))
-                self._now.add("loss/total", float(auxiliary.detach()))
         self._check_first_update()
-        for parameter in self._trained():
-            if parameter.grad is None:  # no row of this rank had anything to learn from
-                parameter.grad = torch.zeros_like(parameter)
-            self._sum_over_ranks(parameter.grad)
+        sum_gradients(self._trained(), self._ranks)
+        if held is not None:
+            auxiliary, own = add_gradients(self._trained(), held)
+            self._now.count("auxiliary updates", 1)
+            self._now.add("core/auxiliary_grad_norm", auxiliary)
+            self._now.add("core/auxiliary_grad_share", auxiliary / max(auxiliary + own, 1e-12))
         norm = self._clip()
         if not torch.isfinite(norm):
             raise FloatingPointError(f"RL step {self.rl_step}: the gradient norm is {norm.item()}; lower variant.lr")
@@ -235,6 +269,20 @@ class PolicyGradient(pl.LightningModule):
         self.updates += 1
         self.sampler.sync(self.model.named_parameters(), str(self.updates))
         self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
+
+    def _auxiliary_gradient(self, rows: Tensor) -> list[Tensor] | None:
+        """The gradient of the variant's own loss over all ranks, taken off the parameters so that it can be measured.
+
+        None where the variant has no such loss. Every rank takes part, also one without a row of its own.
+        """
+        if type(self).auxiliary_losses is PolicyGradient.auxiliary_losses:
+            return None
+        for part in self.auxiliary_losses(rows):
+            self.manual_backward(part)
+            self._now.add("loss/auxiliary", float(part.detach()))
+            self._now.add("loss/total", float(part.detach()))
+        sum_gradients(self._trained(), self._ranks)
+        return take_gradients(self._trained())
 
     def _microbatches(self, batch: TokenBatch, rows: Tensor) -> Iterator[TokenBatch]:
         """The rows of one optimizer step in memory-sized parts of like length; rows without gradient are left out."""
@@ -260,35 +308,17 @@ class PolicyGradient(pl.LightningModule):
         return result
 
     def _compare_with_sampler(self, logprobs: Tensor, part: TokenBatch) -> None:
-        """Record the log-prob gap between trainer and sampler on trained tokens."""
-        gap = torch.where(part.train_mask, (logprobs - part.sampled_logprobs).abs(), 0.0)
-        self._now.add_gap(float(gap.max()), float(gap.sum()), int(part.train_mask.sum()))
+        """Record the log-prob gap between trainer and sampler on trained tokens that both saw behind one prompt."""
+        compared = part.train_mask & ~part.foreign[:, None]
+        gap = torch.where(compared, (logprobs - part.sampled_logprobs).abs(), 0.0)
+        self._now.add_gap(float(gap.max()), float(gap.sum()), int(compared.sum()))
 
     def _check_first_update(self) -> None:
-        """Before a process's first update nothing has moved: sampler and trainer agree, ratios are 1.
-
-        Before a run's very first one the KL to the reference is 0 as well. All ranks look at the largest values of any
-        rank, so that they stop together. Raises RuntimeError.
-        """
-        limit = self.first_step_gap
-        if limit is None or self._first_checked:
-            return
-        seen = torch.tensor([*self._now.deviations(), float(self._now.compared)], device=self.device)
-        if self._ranks > 1:
-            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        gap, ratio, kl, compared = seen.tolist()
-        self._first_checked = compared > 0
-        faults = {
-            "sampler and trainer disagree in a token's log-prob": gap,
-            "an importance ratio is off 1": ratio,
-            "the KL to the reference is off 0": kl if self.updates == 0 else 0.0,
-        }
-        for fault, value in faults.items():
-            if not value <= limit:
-                raise RuntimeError(
-                    f"first-step check: {fault} by {value:.2e} (limit variant.first_step_gap={limit}): the passes do "
-                    "not run the same weights, temperature or precision, or dropout is on"
-                )
+        # Before an RL step's first update, that is: afterwards ratios are meant to move.
+        if self.first_step_gap is not None and not self._first_checked and not self._now.updates:
+            self._first_checked = check_first_update(
+                self._now, self.updates == 0, self.first_step_gap, self._ranks, self.device
+            )
 
     def _clip(self) -> Tensor:
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
@@ -300,6 +330,13 @@ class PolicyGradient(pl.LightningModule):
         return strategy.block_backward_sync() if self._ranks > 1 else nullcontext()
 
     # ---- small parts ---------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether all RL steps are done, or the token budget is spent."""
+        return self.rl_step >= self.rl_steps or (
+            self.token_budget is not None and self.tokens_seen >= self.token_budget
+        )
 
     @property
     def policy(self) -> Policy:
@@ -321,20 +358,18 @@ class PolicyGradient(pl.LightningModule):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _problems_of(self, step: int) -> list[Problem]:
-        """This rank's share of the step's problems."""
-        mine = self.stream.at(step)[self.global_rank :: self._ranks]
-        return [self.problems[i] for i in mine]
+        """This rank's share of the step's problems, varied if the run varies them."""
+        places = list(enumerate(self.stream.at(step)))[self.global_rank :: self._ranks]
+        if self.augment is None:
+            return [self.problems[i] for _, i in places]
+        seeds = [stream_seed(self.seed, "augment", step, place) for place, _ in places]
+        return [self.augment(self.problems[i], seed) for (_, i), seed in zip(places, seeds, strict=True)]
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self._ranks > 1:
-            torch.distributed.all_reduce(value)
-        return value
+        return sum_over_ranks(value, self._ranks)
 
     def _report(self, groups: list[Group]) -> None:
-        flat = [t for g in groups for t in g.trajectories]
-        totals = torch.tensor(
-            [len(flat), sum(sum(t.train_mask) for t in flat)], dtype=torch.float64, device=self.device
-        )
+        totals = torch.tensor(self._drawn, dtype=torch.float64, device=self.device)
         samples, tokens = self._sum_over_ranks(totals).tolist()
         self.samples_seen += int(samples)
         self.tokens_seen += int(tokens)
@@ -355,7 +390,7 @@ class PolicyGradient(pl.LightningModule):
         return torch.optim.AdamW(self._trained(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
     def train_dataloader(self) -> Any:
-        return StepIndices(self.rl_step, self.rl_steps)
+        return StepIndices(self.rl_steps if self.finished else self.rl_step, self.rl_steps)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All weights, or only the adapters when training through LoRA."""

@@ -14,13 +14,23 @@ from core_torl.reward.base import outcome_rates
 from core_torl.trajectory import Group
 
 # Metrics of which ranks report the largest value instead of the mean.
-_LARGEST = ("policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max")
+_LARGEST = ("policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max", "core/replaced_ratio_max")
 
-
-_SUMS = (
-    "loss/policy", "loss/total", "loss/reference_kl", "loss/auxiliary", "policy/ratio_mean", "policy/clip_fraction",
-    "policy/old_kl", "policy/entropy", "policy/sampler_logprob_gap_mean", "policy/grad_norm",
-)  # fmt: skip
+# What each sum is divided by when the step ends; "total" is not divided.
+_SUMS = {
+    **dict.fromkeys(("loss/policy", "loss/total", "loss/reference_kl", "loss/auxiliary"), "updates"),
+    "policy/grad_norm": "updates",
+    **dict.fromkeys(("core/auxiliary_grad_norm", "core/auxiliary_grad_share"), "auxiliary updates"),
+    **dict.fromkeys(("policy/ratio_mean", "policy/clip_fraction", "policy/old_kl"), "own tokens"),
+    "policy/entropy": "tokens",
+    "policy/sampler_logprob_gap_mean": "compared tokens",
+    **dict.fromkeys(("core/trigger_rate", "core/gated"), "groups"),
+    **dict.fromkeys(("core/primed_accuracy",), "primed answers"),
+    **dict.fromkeys(("core/primed_tokens", "core/replaced_tokens"), "total"),
+    **dict.fromkeys(("core/replaced_ratio_mean", "core/replaced_clip_fraction"), "replaced tokens"),
+    "core/primed_logprob_gap": "primed tokens",
+    "core/kl_per_token": "kl tokens",
+}
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -53,17 +63,26 @@ def _larger(one: float, two: float) -> float:
 class StepMetrics:
     """Collects one RL step's metrics; names and units stand in core_torl.tracking.metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, coached: bool = False) -> None:
+        """``coached`` says whether the variant intervenes: only then are there metrics ``core/*``."""
         # Every rank reports the same names, also one whose rows had nothing to train on.
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+        self._counts: dict[str, float] = dict.fromkeys(set(_SUMS.values()), 0.0)
         self._plain: dict[str, float] = {"policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0}
-        self._tokens = self._gap_tokens = self._updates = self._ratio_gap = 0.0
+        self._ratio_gap = 0.0
+        if coached:
+            self._plain["core/replaced_ratio_max"] = 0.0
+        self._coached = coached
 
     def update(self, metrics: dict[str, float]) -> None:
         self._plain.update(metrics)
 
     def add(self, name: str, value: float) -> None:
         self._sums[name] += value
+
+    def count(self, denominator: str, value: float) -> None:
+        """Add to what the sums with this denominator are divided by."""
+        self._counts[denominator] += value
 
     def _largest(self, name: str, value: float) -> None:
         self._plain[name] = _larger(self._plain[name], value)
@@ -89,17 +108,34 @@ class StepMetrics:
         self.add("policy/entropy", float((entropies.detach() * mask).sum()))
         self._largest("policy/ratio_max", float(loss.ratio_max))
         self._ratio_gap = _larger(self._ratio_gap, float(loss.ratio_gap))
-        self._tokens += float(loss.tokens)
+        self.count("tokens", float(loss.tokens))
+        self.count("own tokens", float(loss.own_tokens))
+        if self._coached:
+            self.add("core/replaced_ratio_mean", float(loss.foreign_ratio_sum))
+            self.add("core/replaced_clip_fraction", float(loss.foreign_clipped))
+            self.count("replaced tokens", float(loss.foreign_tokens))
+            self.add_primed_gap(float(loss.foreign_gap), float(loss.foreign_tokens))
+            self._largest("core/replaced_ratio_max", float(loss.foreign_ratio_max))
+
+    def add_primed_gap(self, total: float, tokens: float) -> None:
+        """Sum of log p(y|primed) - log p(y|plain) over so many tokens of primed answers."""
+        self.add("core/primed_logprob_gap", total)
+        self.count("primed tokens", tokens)
 
     def add_gap(self, largest: float, total: float, tokens: int) -> None:
         self._largest("policy/sampler_logprob_gap_max", largest)
         self.add("policy/sampler_logprob_gap_mean", total)
-        self._gap_tokens += tokens
+        self.count("compared tokens", tokens)
 
     @property
     def compared(self) -> bool:
         """Whether any trained token was compared with the sampler."""
-        return self._gap_tokens > 0
+        return self._counts["compared tokens"] > 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps made in this RL step so far."""
+        return int(self._counts["updates"])
 
     def deviations(self) -> tuple[float, float, float]:
         """Largest sampler gap, largest distance of a ratio from 1, and the KL to the reference, so far."""
@@ -108,15 +144,16 @@ class StepMetrics:
     def optimizer_step(self, grad_norm: float, lr: float) -> None:
         self.add("policy/grad_norm", grad_norm)
         self._plain["policy/lr"] = lr
-        self._updates += 1
+        self.count("updates", 1)
 
     def finish(self, ranks: int, device: torch.device, entropy: bool) -> dict[str, float]:
         """All metrics of the step, averaged over ranks (the largest where the name says so).
 
         ``entropy`` says whether it was computed.
         """
+        kinds = sorted(self._counts)
         sums = torch.tensor(
-            [self._sums[n] for n in _SUMS] + [self._tokens, self._gap_tokens], dtype=torch.float64, device=device
+            [self._sums[n] for n in _SUMS] + [self._counts[k] for k in kinds], dtype=torch.float64, device=device
         )
         names = sorted(self._plain)
         plain = torch.tensor([self._plain[n] for n in names], dtype=torch.float64, device=device)
@@ -125,18 +162,23 @@ class StepMetrics:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(plain)
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        *totals, tokens, gap_tokens = sums.tolist()
+        totals, counts = sums[: len(_SUMS)].tolist(), dict(zip(kinds, sums[len(_SUMS) :].tolist(), strict=True))
         pairs = zip(names, (plain / ranks).tolist(), largest.tolist(), strict=True)
         result = {n: big if n in _LARGEST else mean for n, mean, big in pairs}
-        for name, total in zip(_SUMS, totals, strict=True):
-            if name.startswith("loss/"):  # each rank's loss is its share of one sum
-                result[name] = total / max(1.0, self._updates)
-            elif name == "policy/grad_norm":  # of the summed gradient, the same on every rank
-                result[name] = total / max(1.0, self._updates) / ranks
-            else:
-                result[name] = total / max(1.0, gap_tokens if "gap" in name else tokens)
+        for (name, denominator), total in zip(_SUMS.items(), totals, strict=True):
+            if name.startswith("core/") and not self._coached:
+                continue
+            if denominator == "total":
+                result[name] = total
+            elif name.startswith("loss/"):  # each rank's loss is its share of one sum
+                result[name] = total / max(1.0, counts[denominator] / ranks)
+            elif counts[denominator] or not name.startswith("core/"):
+                # Without a primed answer there is no rate of right ones: such a step has no value, not a zero.
+                result[name] = total / max(1.0, counts[denominator])
         if "rollout/tokens_per_s" in result:  # ranks sample side by side
             result["rollout/tokens_per_s"] *= ranks
+        if self._coached and not counts["replaced tokens"]:
+            del result["core/replaced_ratio_max"]
         if not entropy:  # it was not computed; a zero would read as a collapse
             del result["policy/entropy"]
         return result

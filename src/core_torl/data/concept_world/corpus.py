@@ -37,11 +37,11 @@ class Text:
 class Mixture:
     """Shares of each kind of text; they are normalised by their sum."""
 
-    option_drill: float = 0.16
-    arithmetic: float = 0.10
-    nonce: float = 0.26
+    option_drill: float = 0.14
+    arithmetic: float = 0.08
+    nonce: float = 0.22
     recite: float = 0.05
-    defined: float = 0.10
+    defined: float = 0.20
     mastered: float = 0.18
     gap: float = 0.15
 

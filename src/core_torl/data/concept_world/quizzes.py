@@ -17,6 +17,7 @@ from core_torl.problem import LETTERS, Concept, Problem
 OPERAND_VALUES = range(7)
 TEST_SHARE = 5  # one operand tuple in five belongs to the test share
 OPTIONS = 4
+_BY_UID = {c.uid: c for c in CONCEPTS}
 
 
 def is_test_operands(shape: Shape, operands: dict[str, int]) -> bool:
@@ -95,3 +96,19 @@ def make_quizzes(
         for number, operands in enumerate(itertools.islice(fitting, per_concept)):
             quizzes.append(make_quiz(concept, operands, rng, f"{split}/{concept.uid}/{number}"))
     return quizzes
+
+
+def redraw_quiz(problem: Problem, seed: int) -> Problem:
+    """A quiz on the concept of ``problem`` with operands of the training share and options drawn anew.
+
+    A pure function of (problem.uid, seed); the new uid is the old one, ``~`` and the seed's last six digits.
+
+    Raises:
+        ValueError: the problem's concept is not one of the embedded world.
+    """
+    concept = _BY_UID.get(problem.concept.uid) if problem.concept else None
+    if concept is None:
+        raise ValueError(f"{problem.uid}: not a quiz of the embedded world, its operands cannot be drawn anew")
+    rng = random.Random(f"{seed}/redraw/{problem.uid}")
+    operands = draw_operands(concept, rng, test=False)
+    return make_quiz(concept, operands, rng, f"{problem.uid}~{seed % 10**6}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from core_torl.config.errors import nearest
 from core_torl.data.base import ProblemSets
 from core_torl.data.concept_world.concepts import CONCEPTS, SECTIONS, WorldConcept
-from core_torl.data.concept_world.quizzes import make_quizzes
+from core_torl.data.concept_world.quizzes import make_quizzes, redraw_quiz
 from core_torl.problem import Problem
 
 TAGS = ("gap", "mastered")
@@ -76,7 +76,7 @@ class ConceptWorld:
             "concepts": len(CONCEPTS), "held_out_concepts": sorted(out), "train": len(train),
             **{f"test/{name}": len(quizzes) for name, quizzes in test.items()},
         }  # fmt: skip
-        return ProblemSets(train=train, test=test, report=report)
+        return ProblemSets(train=train, test=test, report=report, redraw=redraw_quiz)
 
     def _train(self, gap: list[WorldConcept], mastered: list[WorldConcept]) -> list[Problem]:
         wanted = {

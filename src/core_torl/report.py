@@ -1,0 +1,26 @@
+"""``core-torl-report``: compares finished training runs, cell by cell, in a table and in pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from core_torl.config.app import run_app
+
+
+def task(cfg: DictConfig) -> Any:
+    from core_torl.config.checks import check_report
+
+    check_report(cfg)
+    from core_torl.runs.reporting import report
+
+    return report(cfg)
+
+
+def main() -> None:
+    run_app("report", task)
+
+
+if __name__ == "__main__":
+    main()

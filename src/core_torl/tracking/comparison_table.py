@@ -1,0 +1,146 @@
+"""A comparison of cells as one table, from the same numbers that ``comparison.json`` holds: in Markdown and for rich.
+
+Shares are in percent with their interval in brackets, differences in percentage points; a dash is a number that there
+is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from core_torl.tracking.estimate import Interval, percent
+
+NONE = "–"
+KEPT = "mastered kept (%)"
+BEFORE = "before training"
+PRIMED = "_primed"  # how the name of a test set ends that holds the concept in its prompts
+
+
+def measure_name(label: str) -> str:
+    """``gap/greedy/robust_accuracy`` as ``gap robust accuracy``; another way of decoding than greedy is named."""
+    name, decoding, measure = label.split("/")
+    middle = "" if decoding == "greedy" else f" {decoding}"
+    return f"{name}{middle} {measure}".replace("_", " ")
+
+
+def shown(estimate: Interval | None, signed: bool = False) -> str:
+    """``percent``, without the brackets where no interval is known."""
+    if estimate is None or math.isnan(estimate.low):
+        return NONE if estimate is None else f"{100 * estimate.value:{'+.1f' if signed else '.1f'}}"
+    return percent(estimate, signed)
+
+
+def probability(p: float | None) -> str:
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column heads and one row of texts for each cell; columns that no cell fills are left out.
+
+    Where all cells start from the same numbers these are the first row, otherwise a column of the headline.
+    """
+    headline, compared = comparison["headline"], comparison["baseline"] is not None
+    measures = [
+        label
+        for name in comparison["sets"]
+        for measure in (["accuracy"] if name.endswith(PRIMED) else ["accuracy", "robust_accuracy"])
+        if any((label := f"{name}/{comparison['decoding']}/{measure}") in cell["after"] for cell in comparison["cells"])
+    ]
+    if headline not in measures:
+        measures.insert(0, headline)
+    kept = any(cell["retention"] is not None for cell in comparison["cells"])
+    starts = [{label: cell["before"].get(label) for label in measures} for cell in comparison["cells"]]
+    one_start = all(_alike(start, starts[0]) for start in starts)
+    heads = ["cell", "seeds", "RL steps", "tokens (k)"]
+    heads += [] if one_start else [f"{measure_name(headline)} before (%)"]
+    heads += [f"{measure_name(label)} (%)" for label in measures] + ([KEPT] if kept else [])
+    heads += ["difference (points)", "p", "p (Holm)"] if compared else []
+    rows = []
+    if one_start:
+        row = [BEFORE, "", "0", "0", *(shown(starts[0][label]) for label in measures)]
+        rows.append(row + [""] * (len(heads) - len(row)))
+    for cell in comparison["cells"]:
+        before, tokens, paired = cell["before"].get(headline), cell["sampled_tokens"], cell["paired"]
+        row = [cell["label"], str(len(cell["seeds"])), f"{cell['rl_steps']:g}"]
+        row += [NONE if tokens is None else f"{tokens / 1000:,.1f}"]
+        if not one_start:
+            row.append(NONE if before is None else f"{100 * before.value:.1f}")
+        row += [shown(cell["after"].get(label)) for label in measures]
+        if kept:
+            row.append(NONE if cell["retention"] is None else f"{100 * cell['retention']:.1f}")
+        if compared and paired is None:
+            row += ["(baseline)", "", ""]
+        elif compared:
+            row += [shown(paired["difference"], signed=True), probability(paired["p"]), probability(paired["p_holm"])]
+        rows.append(row)
+    return heads, rows
+
+
+def _alike(one: Mapping[str, Interval | None], two: Mapping[str, Interval | None]) -> bool:
+    """Whether two cells began with the same values; not if one of them is unknown."""
+    return all(a is not None and (b := two[k]) is not None and a.value == b.value for k, a in one.items())
+
+
+def legend(comparison: Mapping[str, Any]) -> list[str]:
+    """What a reader must know about the table, a sentence a line."""
+    level, label = f"{100 * comparison['confidence']:g} %", measure_name(comparison["headline"])
+    lines = [
+        f"Accuracies after training are means over seeds, with the {level} interval over drawn seeds and concepts; "
+        "tokens are those sampled in training.",
+    ]
+    if any(cell["retention"] is not None for cell in comparison["cells"]):
+        lines.append("Kept: accuracy on mastered concepts after training, divided by that before.")
+    if comparison["baseline"] is not None:
+        tests = sum(cell["paired"] is not None and cell["paired"]["p"] is not None for cell in comparison["cells"])
+        lines.append(
+            f"Differences are in {label} to {comparison['baseline']}, paired by seed and by concept; p is that of a "
+            f"paired t-test over seeds, Holm's is adjusted for {tests} {'test' if tests == 1 else 'tests'}."
+        )
+    return lines
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The whole ``table.md``: title, table, legend, notes and the runs that are not in it."""
+    heads, rows = table(comparison)
+    lines = [f"# {comparison['title']}", ""]
+    lines += [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1)), *(_line(row) for row in rows), ""]
+    lines += legend(comparison)
+    for name, items in (("Notes", comparison["notes"]), ("Not in the table", absent(comparison))):
+        if items:
+            lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
+    return "\n".join(lines) + "\n"
+
+
+def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """The same for a terminal, in two tables that are narrow enough for one: accuracies, then everything else."""
+    heads, rows = table(comparison)
+    accuracies = [i for i, head in enumerate(heads) if head.endswith("accuracy (%)")]
+    found = []
+    for title, columns in (
+        (f"{comparison['title']}: after training", accuracies),
+        ("before training, cost and comparison", [i for i in range(1, len(heads)) if i not in accuracies]),
+    ):
+        result = Table(title=title, title_justify="left")
+        result.add_column(heads[0], overflow="fold", min_width=min(40, max(len(row[0]) for row in rows)))
+        for i in columns:
+            # As wide as its numbers, so that heads are broken and numbers are not.
+            width = max(len(text) for text in (*heads[i].split(), *(row[i] for row in rows)))
+            result.add_column(heads[i], justify="right", width=width)
+        for row in rows:
+            result.add_row(*(Text(row[i]) for i in (0, *columns)))  # plain Text: brackets are no markup here
+        found.append(result)
+    return found
+
+
+def absent(comparison: Mapping[str, Any]) -> list[str]:
+    """The runs that are in no cell, and why."""
+    return [f"{run['folder']}: {run['why']}" for run in comparison["unfinished"]]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
