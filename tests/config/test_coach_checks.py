@@ -59,6 +59,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "variant=compat_released_cr trains on the failed answers themselves: it has no use for "
         "variant.train_prompt=primed or variant.behaviour=guided; leave them at plain and recompute",
     ),
+    "shaping without a guided row": (
+        [*CR, "objective.guided_ratio=shaping"],
+        "objective.guided_ratio=shaping is about guided rows, and there are none here: set variant=core_cr "
+        "variant.behaviour=guided, or objective.guided_ratio=clip",
+    ),
+    "a budget that nothing spends": (
+        ["ablation=sft", "token_budget=500"],
+        "token_budget=500: variant=sft samples no tokens, so that it would never end; set token_budget=null and rl_steps",
+    ),
     "a continuation without its beginning": (
         [*CR, "intervention=expert_prefix"],
         "intervention=expert_prefix: what the policy adds makes no sense without the prefix; set "

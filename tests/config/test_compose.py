@@ -194,6 +194,12 @@ RECIPES = {
     "cr_random_concept": ("core_cr", "all_wrong", "random_concept"),
     "cr_same_section_concept": ("core_cr", "all_wrong", "same_section_concept"),
     "cr_worked_solution": ("core_cr", "all_wrong", "worked_solution"),
+    "cr_filler_no_bonus": ("core_cr", "all_wrong", "filler"),
+    "cr_random_concept_no_bonus": ("core_cr", "all_wrong", "random_concept"),
+    "kl_random_reward": ("core_kl", "all_wrong", "true_concept"),
+    "cr_shuffled_reward": ("core_cr", "all_wrong", "true_concept"),
+    "random_reward": ("core_base", "never", "none"), "shuffled_reward": ("core_base", "never", "none"),
+    "extra_rollouts": ("core_base", "never", "none"), "data_augmentation": ("core_base", "never", "none"),
 }  # fmt: skip
 
 
@@ -202,6 +208,9 @@ def test_a_recipe_holds_what_its_name_says(recipe: str):
     cfg, (variant, trigger, intervention) = composed("train", f"experiment=core/{recipe}"), RECIPES[recipe]
     assert cfg.variant._target_.split(".")[-2] == variant
     assert cfg.trigger.when == trigger and cfg.intervention._target_.split(".")[-2] == intervention
+    assert "no_bonus" not in recipe or (cfg.variant.bonus, cfg.variant.bonus_when) == (0, "none")
+    assert ("random_reward" in recipe) == cfg.reward._target_.endswith(".RandomReward")
+    assert ("shuffled_reward" in recipe) == cfg.reward._target_.endswith(".ShuffledReward")
     assert (cfg.token_budget is None) == (recipe == "sft"), "what samples is compared at one number of tokens"
 
 

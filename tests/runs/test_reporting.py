@@ -96,7 +96,7 @@ def test_numbers_are_those_by_hand(sweep: Path, report):
     assert [cell.split(" [")[0] for cell in base[4:8]] == ["35.0", "25.0", "90.0", "90.0"]
     assert [cell.split(" [")[0] for cell in core[4:8]] == ["65.0", "50.0", "90.0", "90.0"]
     assert base[8:] == ["90.0", "(baseline)", "", ""]
-    assert core[9].startswith("+25.0 [+") and core[10:] == ["0.126", "0.126"]  # differences 0.2 and 0.3: t = 5, 1 df
+    assert core[9].startswith("+25.0 [-") and core[10:] == ["0.126", "0.126"]  # differences 0.2 and 0.3: t = 5, 1 df
     found = json.loads((where / "comparison.json").read_text())
     assert [c["label"] for c in found["cells"]] == ["base", "core/kl"]
     one = found["cells"][1]
@@ -181,8 +181,8 @@ def test_an_experiment_that_was_not_chosen_has_a_label(tmp_path: Path, report):
 
 
 def test_a_budget_of_tokens_may_end_seeds_at_other_steps(tmp_path: Path, report):
-    write(tmp_path / "s" / "a", "base", 0, [(0.3, 0.2, 2)], steps=20, token_budget=20000)
-    write(tmp_path / "s" / "b", "base", 1, [(0.3, 0.2, 2)], steps=22, token_budget=20000)
+    write(tmp_path / "s" / "a", "base", 0, [(0.3, 0.2, 2)], steps=20, token_budget=20000, rl_steps=99)
+    write(tmp_path / "s" / "b", "base", 1, [(0.3, 0.2, 2)], steps=22, token_budget=20000, rl_steps=99)
     _, _, _, where = report(f"runs={tmp_path / 's'}")
     assert json.loads((where / "comparison.json").read_text())["notes"] == []
     assert "| base | 2 | 21 |" in (where / "table.md").read_text()
@@ -216,7 +216,7 @@ def test_cells_that_start_differently_have_a_column_for_it(tmp_path: Path, repor
 def test_what_a_reader_would_not_expect_is_noted(tmp_path: Path, report):
     top = tmp_path / "s"
     write(top / "a", "base", 0, [(0.3, 0.2, 2), (0.3, 0.2, 2)])
-    write(top / "b", "base", 1, [(0.3, 0.2, 2), (0.3, 0.2, 2)], steps=40)
+    write(top / "b", "base", 1, [(0.3, 0.2, 2), (0.3, 0.2, 2)])
     write(top / "c", "other", 1, [(0.3, 0.2, 2)])
     write(top / "d", "other", 5, [(0.3, 0.2, 2)])
     (top / "d" / "metrics.jsonl").unlink()
@@ -225,11 +225,10 @@ def test_what_a_reader_would_not_expect_is_noted(tmp_path: Path, report):
     (top / "a" / "results.json").write_text(json.dumps(results))
     _, out, _, where = report(f"runs={top}", "baseline=base")
     notes = " ".join(json.loads((where / "comparison.json").read_text())["notes"])
-    assert "base: runs of 20 and 40 RL steps are averaged" in notes
     assert "paired over 1 common seeds and 1 common concepts; 2 seeds and 1 concepts have no partner" in notes
     assert "1 runs have another value in results.json" in notes
     assert f"{top / 'd'} has no metrics.jsonl" in notes
-    assert "Note: base: runs of 20 and 40" in out and "## Notes" in (where / "table.md").read_text()
+    assert "Note: other against base: paired over" in out and "## Notes" in (where / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -273,6 +272,14 @@ def test_a_seed_twice_in_a_cell_is_refused_with_what_differs(sweep: Path, report
     write(sweep / "9", "base", 1, [(0.3, 0.2, 2)], variant={"lr": 2e-3})
     err = report(f"runs={sweep}")[2]
     assert f"cell base has seed 1 twice: {sweep / '1'} and {sweep / '9'}; they differ in variant.lr" in err
+    assert report(f"runs={sweep}", "by=[experiment,variant.lr]")[0] == 0
+
+
+def test_runs_of_different_recipes_are_not_one_cell(sweep: Path, report):
+    """Seeds are all that runs of a cell may differ in; other seeds under another learning rate are another cell."""
+    write(sweep / "9", "base", 7, [(0.3, 0.2, 2)], variant={"lr": 2e-3})
+    err = report(f"runs={sweep}")[2]
+    assert f"cell base has runs of different recipes: {sweep / '0'} and {sweep / '9'} differ in variant.lr" in err
     assert report(f"runs={sweep}", "by=[experiment,variant.lr]")[0] == 0
 
 

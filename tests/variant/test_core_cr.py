@@ -218,6 +218,14 @@ def test_the_places_by_policy():
 
 
 @pytest.mark.parametrize("policy", ["random", "longest", "truncated_first"])
+def test_answers_that_nobody_could_judge_give_way_last(policy):
+    group = [trajectory(9), trajectory(1), trajectory(9, finish="length"), trajectory(2)]
+    group[0].score = group[2].score = UNJUDGED
+    assert all(choose(group, 2, policy, seed) == [1, 3] for seed in range(50))
+    assert all(len(choose(group, 3, policy, seed)) == 3 for seed in range(20))
+
+
+@pytest.mark.parametrize("policy", ["random", "longest", "truncated_first"])
 def test_right_answers_never_give_way(policy):
     group = [trajectory(9, right=True), trajectory(1), trajectory(9, right=True, finish="length"), trajectory(2)]
     for seed in range(50):

@@ -118,6 +118,11 @@ def check_group_size(cfg: DictConfig) -> None:
             "variant=sft has one given answer for each problem: add objective=likelihood group_size=1, or use "
             "ablation=sft, which does"
         )
+    if given and cfg.token_budget is not None:
+        raise UserError(
+            f"token_budget={cfg.token_budget}: variant=sft samples no tokens, so that it would never end; set "
+            "token_budget=null and rl_steps"
+        )
     if likelihood and not given:
         raise UserError("objective=likelihood makes every answer likelier, right or wrong: use it with variant=sft")
     if cfg.group_size < 2 and not given:

@@ -38,6 +38,11 @@ def check_coach(cfg: DictConfig) -> None:
                 check_choice(key, variant[key])
             except ValueError as error:
                 raise UserError(str(error)) from error
+    if cfg.objective.get("guided_ratio", "clip") != "clip" and variant.get("behaviour") != "guided":
+        raise UserError(
+            f"objective.guided_ratio={cfg.objective.guided_ratio} is about guided rows, and there are none here: set "
+            "variant=core_cr variant.behaviour=guided, or objective.guided_ratio=clip"
+        )
     coached = "replaced" in variant or "references" in variant
     intervention = cfg.intervention._target_.split(".")[-2:][0]
     if not coached:

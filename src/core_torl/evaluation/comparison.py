@@ -3,8 +3,9 @@
 A result has two sources of chance: the seed of the run and the concepts that happen to be in the test set. All seeds
 meet the same concepts, so both are drawn with replacement, crossed (Owen, "The pigeonhole bootstrap", 2007). Two cells
 are compared on the seeds and concepts that both have, under the same draws: what makes a concept hard, or a seed lucky,
-then cancels. A few seeds say little about the spread of all seeds: with n of them the bootstrap takes their variance
-(n - 1) / n as large as it is, which is why the p-value comes from a t-test. The paper CORE compares single runs.
+then cancels. A few seeds say little about the spread of all seeds: a bootstrap of n of them takes their variance
+(n - 1) / n as large as it is, and knows nothing of t's heavy tails. What the drawn seeds add is therefore stretched by
+``sqrt(n / (n - 1)) * t / z``, 1.6 for five seeds at 95 %. The paper CORE compares single runs.
 
 A cell is ``seed -> concept -> (share, problems)``, shares between 0 and 1. Wrong input is a ``ValueError``.
 """
@@ -60,8 +61,8 @@ def cell_mean(cell: Cell, confidence: float = 0.95, seed: int = 0, resamples: in
     seeds, concepts = sorted(cell), sorted({c for rows in cell.values() for c in rows})
     value = float(np.mean([share(cell[s]) for s in seeds]))
     drawn = _Draws(len(seeds), len(concepts), seed, resamples)
-    means = drawn.means(drawn.shares(*_table(cell, seeds, concepts)))
-    return drawn.estimate(value, means, confidence)
+    means = drawn.means(drawn.shares(*_table(cell, seeds, concepts)), confidence)
+    return drawn.estimate(value, means.clip(0, 1), confidence)
 
 
 def paired(cell: Cell, baseline: Cell, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> Paired:
@@ -87,7 +88,7 @@ def paired(cell: Cell, baseline: Cell, confidence: float = 0.95, seed: int = 0, 
     by_seed = drawn.shares(*_table(one, seeds, concepts)) - drawn.shares(*_table(two, seeds, concepts))
     p, test = _t_test(differences)
     return Paired(
-        difference=drawn.estimate(float(differences.mean()), drawn.means(by_seed), confidence),
+        difference=drawn.estimate(float(differences.mean()), drawn.means(by_seed, confidence).clip(-1, 1), confidence),
         seeds=seeds,
         concepts=len(concepts),
         left_out_seeds=len(set(cell) | set(baseline)) - len(seeds),
@@ -102,6 +103,15 @@ def holm_of_known(pvalues: Mapping[str, float | None]) -> dict[str, float | None
     known = {name: p for name, p in pvalues.items() if p is not None}
     adjusted = dict(zip(known, holm(list(known.values())), strict=True)) if known else {}
     return {name: adjusted.get(name) for name in pvalues}
+
+
+def seed_stretch(seeds: int, confidence: float) -> float:
+    """What a bootstrap over so few seeds is too narrow by: 1 for a lone one (nothing is drawn), towards 1 for many."""
+    if seeds < 2:
+        return 1.0
+    quantile = 0.5 + confidence / 2
+    t_over_z = stats.t.ppf(quantile, seeds - 1) / stats.norm.ppf(quantile)
+    return math.sqrt(seeds / (seeds - 1)) * float(t_over_z)
 
 
 class _Draws:
@@ -119,12 +129,17 @@ class _Draws:
         right = self._concept_counts @ sums.T
         return np.divide(right, problems, out=np.full_like(problems, np.nan), where=problems > 0)
 
-    def means(self, by_seed: np.ndarray) -> np.ndarray:
-        """[resamples]: the mean over the drawn seeds, those without a drawn problem left out."""
+    def means(self, by_seed: np.ndarray, confidence: float) -> np.ndarray:
+        """[resamples]: the mean over the drawn seeds, those without a drawn problem left out.
+
+        Its distance from the mean over all seeds, under the same drawn concepts, is stretched (see above).
+        """
         known = np.isfinite(by_seed)
+        everyone = np.where(known.any(axis=1), np.nansum(by_seed, axis=1), np.nan) / known.sum(axis=1).clip(min=1)
         weights = (self._seed_counts * known).sum(axis=1).astype(float)
         total = (self._seed_counts * np.where(known, by_seed, 0.0)).sum(axis=1)
-        return np.divide(total, weights, out=np.full_like(weights, np.nan), where=weights > 0)
+        drawn = np.divide(total, weights, out=np.full_like(weights, np.nan), where=weights > 0)
+        return everyone + seed_stretch(self.seeds, confidence) * (drawn - everyone)
 
     def estimate(self, value: float, means: np.ndarray, confidence: float) -> Estimate:
         n = self.seeds if self.seeds > 1 else self.concepts

@@ -2,8 +2,9 @@
 
 CORE-KL (section 3, the loss beside GRPO) pulls the policy under the plain prompt towards itself under the primed
 prompt, along an answer sampled from the primed one: ``sum_t KL(p(.|p_c, y_<t) || p(.|q, y_<t))``. Both distributions
-are made from hidden states slice by slice in float32, and each slice is computed again in the backward pass, so that no
-[tokens, vocabulary] tensor of all tokens ever exists. The teacher gives no gradient.
+are made from hidden states slice by slice, the head in its own precision and all after it in float32. Each slice is
+computed again in the backward pass, so that no [tokens, vocabulary] tensor of all tokens ever exists. The teacher gives
+no gradient.
 """
 
 from __future__ import annotations

@@ -20,7 +20,17 @@ from core_torl.config.errors import UserError, nearest
 from core_torl.evaluation.comparison import Cell, ConceptShares
 
 _INSIDE_A_RUN = (".hydra", "wandb", "checkpoints", "policy")
-_NO_RECIPE = ("paths.", "logger.", "callbacks.", "resume", "seed")  # keys that do not change what a run learns
+_NO_RECIPE = (
+    "paths.",
+    "logger.",
+    "callbacks.",
+    "resume",
+    "seed",
+    "dry_run",
+    "export",
+    "evaluate_every",
+    "trusted_targets",
+)  # keys that do not change what a run learns
 
 
 @dataclass(frozen=True)
@@ -131,12 +141,24 @@ def group(runs: Sequence[Run], by: Sequence[str]) -> list[Group]:
         }
         label = " ".join(words.values())
         one = groups.setdefault(label, Group(label, own, words))
+        first = next(iter(one.runs.values()), run)
         other = one.runs.setdefault(run.seed, run)
         if other is not run:
-            differ = [k for k, v in _flat(run).items() if v != _flat(other).get(k) and not k.startswith(_NO_RECIPE)]
+            differ = _differences(run, other)
             hint = f"; they differ in {', '.join(differ[:3])}: add it to by" if differ else "; move one of them away"
             raise UserError(f"cell {label} has seed {run.seed} twice: {other.folder} and {run.folder}{hint}")
+        if differ := _differences(run, first):
+            raise UserError(
+                f"cell {label} has runs of different recipes: {first.folder} and {run.folder} differ in "
+                f"{', '.join(differ[:3])}: add it to by, or move one of them away"
+            )
     return list(groups.values())
+
+
+def _differences(run: Run, other: Run) -> list[str]:
+    """Keys that change what a run learns and have another value in the other run."""
+    one, two = _flat(run), _flat(other)
+    return [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and not k.startswith(_NO_RECIPE)]
 
 
 def by_value(run: Run, name: str) -> Any:

@@ -93,11 +93,6 @@ def compare(
         after = {label: cell_mean(c, confidence, seed) for label in labels if (c := one.cell(label))}
         before = {label: e for label in labels if (e := _before(one, label, confidence, seed))}
         kept = f"{MASTERED}/{decoding}/accuracy"
-        steps = sorted({run.steps for run in one.runs.values()})
-        # Under a budget of tokens the steps are as many as it allows.
-        budget = any(run.results["run"]["config"].get("token_budget") for run in one.runs.values())
-        if len(steps) > 1 and not budget:
-            notes.append(f"{one.label}: runs of {' and '.join(f'{s:g}' for s in steps)} RL steps are averaged.")
         few = {len(c) for label in labels if (c := one.cell(label))} - {len(one.runs)}
         if few:
             notes.append(f"{one.label}: some test sets are those of {min(few)} of its {len(one.runs)} runs only.")

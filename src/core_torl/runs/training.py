@@ -237,6 +237,11 @@ def coach_of(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
     if not kind.coached:
         return {}
     intervention = build(cfg.intervention, problems.train)
+    if intervention.needs_primed_training and cfg.variant.get("train_prompt") != "primed":
+        raise UserError(
+            f"{cfg.intervention._target_}: answers to its prompts make no sense under the plain prompt; use it with "
+            "variant=core_cr variant.train_prompt=primed"
+        )
     return {
         "trigger": build(cfg.trigger), "intervention": intervention, "max_prompt_tokens": cfg.model.max_prompt_tokens,
     }  # fmt: skip

@@ -90,8 +90,8 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
     """What a reader must know about the table, a sentence a line."""
     level, label = f"{100 * comparison['confidence']:g} %", measure_name(comparison["headline"])
     lines = [
-        f"Accuracies after training are means over seeds, with the {level} interval over drawn seeds and concepts; "
-        "tokens are those sampled in training.",
+        f"Accuracies after training are means over seeds, with the {level} interval over drawn seeds and concepts, "
+        "stretched for so few seeds (see core_torl.evaluation.comparison); tokens are those sampled in training.",
     ]
     if any(cell["retention"] is not None for cell in comparison["cells"]):
         lines.append("Kept: accuracy on mastered concepts after training, divided by that before.")
@@ -99,7 +99,8 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
         tests = sum(cell["paired"] is not None and cell["paired"]["p"] is not None for cell in comparison["cells"])
         lines.append(
             f"Differences are in {label} to {comparison['baseline']}, paired by seed and by concept; p is that of a "
-            f"paired t-test over seeds, Holm's is adjusted for {tests} {'test' if tests == 1 else 'tests'}."
+            f"paired t-test over seeds, concepts taken as given, so that it may disagree with the interval; Holm's is "
+            f"adjusted for {tests} {'test' if tests == 1 else 'tests'}."
         )
     return lines
 

@@ -29,7 +29,8 @@ class Primed:
 class Coached(PolicyGradient):
     """Base of the variants with a coach; ``trigger`` and ``intervention`` come from the program.
 
-    Primed prompts longer than ``max_prompt_tokens`` are left out: their groups count as gated.
+    Primed prompts longer than ``max_prompt_tokens`` are left out, and so is a problem for which the intervention has
+    none: their groups count as gated.
     """
 
     coached = True
@@ -59,7 +60,7 @@ class Coached(PolicyGradient):
             problem = groups[i].problem
             seed = stream_seed(self.seed, "primed", self.rl_step, problem.uid, self.place(i))
             prompts = intervention.prime(problem, count, seed, self.encode, self._parts["encode_answer"])
-            if any(len(ids) > self.max_prompt_tokens for ids, _ in prompts):
+            if not prompts or any(len(ids) > self.max_prompt_tokens for ids, _ in prompts):
                 self._now.add("core/trigger_rate", -1)
                 self._now.add("core/gated", 1)
                 continue

@@ -1,4 +1,4 @@
-"""CORE-CR: concept-primed answers take the place of failed ones (CORE, section 3.4).
+"""CORE-CR: concept-primed answers take the place of failed ones (CORE, its method CR).
 
 When all N answers to a quiz are wrong, K answers are sampled with the concept before the question. They replace K of
 the failed ones, earn a bonus, and the advantages are taken over the group as it is then. The row that is trained is
@@ -57,13 +57,14 @@ class CoreCR(Coached):
         groups = list(groups)
         for found in primed:
             answers = judged(found.trajectories)
-            if self.require_success and not any(t.score and t.score.correct for t in answers):
-                continue
             group = groups[found.group]
             seed = stream_seed(self.seed, "replace", self.rl_step, group.problem.uid, self.place(found.group))
             places = choose(group.trajectories, len(answers), self.replace_policy, seed)
+            answers = answers[: len(places)]
+            if self.require_success and not any(t.score and t.score.correct for t in answers):
+                continue
             rows = list(group.trajectories)
-            for place, answer in zip(places, answers, strict=False):
+            for place, answer in zip(places, answers, strict=True):
                 rows[place] = self._row(rows[place], answer)
                 self._now.add("core/replaced_tokens", len(answer.token_ids))
             groups[found.group] = Group(group.problem, rows)

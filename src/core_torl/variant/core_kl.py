@@ -1,4 +1,4 @@
-"""CORE-KL: the policy under the plain prompt is drawn towards itself under the primed one (CORE, section 3.5).
+"""CORE-KL: the policy under the plain prompt is drawn towards itself under the primed one (CORE, its method KL).
 
 On a failed group, answers ``y*`` are sampled with the concept before the question. Beside the GRPO loss stands
 ``lambda * sum_t KL(p(.|p_c, y*_<t) || p(.|q, y*_<t))``, over the whole vocabulary; nothing is replaced. The teacher,
