@@ -97,11 +97,13 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
         lines.append("Kept: accuracy on mastered concepts after training, divided by that before.")
     if comparison["baseline"] is not None:
         tests = sum(cell["paired"] is not None and cell["paired"]["p"] is not None for cell in comparison["cells"])
-        lines.append(
-            f"Differences are in {label} to {comparison['baseline']}, paired by seed and by concept; p is that of a "
-            f"paired t-test over seeds, concepts taken as given, so that it may disagree with the interval; Holm's is "
-            f"adjusted for {tests} {'test' if tests == 1 else 'tests'}."
-        )
+        text = f"Differences are in {label} to {comparison['baseline']}, paired by seed and by concept"
+        if tests:
+            text += (
+                "; p is that of a paired t-test over seeds, concepts taken as given, so that it may disagree with the "
+                f"interval; Holm's is adjusted for {tests} {'test' if tests == 1 else 'tests'}"
+            )
+        lines.append(f"{text}.")
     return lines
 
 
