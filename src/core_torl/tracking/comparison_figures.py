@@ -90,8 +90,9 @@ def comparison_figure(
 
 
 def curve_cells(cells: Sequence[CellPicture], baseline: str | None) -> list[CellPicture]:
-    """The cells whose curves are drawn, in their order: the baseline, and the seven highest headlines beside it."""
-    able = [c for c in cells if c.curves]
+    """The cells whose curves are drawn, in their order: the baseline, and the highest headlines beside it."""
+    # A cell that samples nothing has no curve over sampled tokens.
+    able = [c for c in cells if any(tokens > 0 for curve in c.curves for tokens, _ in curve)]
     best = sorted(able, key=lambda c: (c.label != baseline, -c.after.value))
     # One colour is the baseline's alone.
     chosen = {c.label for c in best[: CURVES if best and best[0].label == baseline else CURVES - 1]}
@@ -293,6 +294,10 @@ def _row_axes(axes: Axes, rows: int) -> None:
     axes.set_ylim(rows - 0.4 + spare, -0.6 - spare)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.06)
+    low, high = axes.get_xlim()
+    if low > 85:  # all of them nearly perfect: an axis around them would end beyond 100 %
+        low, high = 85.0, 100.8
+    axes.set_xlim(max(low, -4.0), min(high, 104.0))
     axes.annotate("after", (1.01, 1.0), xycoords="axes fraction", va="bottom", fontsize=_SMALL, annotation_clip=False)
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
