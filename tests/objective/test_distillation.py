@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 
-from core_torl.objective.distillation import DIRECTIONS, divergence
+from core_torl.config.coach_checks import CHOICES
+from core_torl.objective.distillation import divergence
+
+DIRECTIONS = CHOICES["direction"]
 
 T, H, V = 7, 4, 5
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-DIRECTIONS = ("forward", "reverse", "jensen_shannon")
+from core_torl.config.coach_checks import check_choice
+
 SLICE_ELEMENTS = 16 * 1024 * 1024  # float32 elements of one slice of logits: 64 MiB
 Head = Callable[[Tensor], Tensor]
 
@@ -61,8 +62,7 @@ def divergence(
     Raises:
         ValueError: an unknown direction.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"variant.direction={direction!r}: use one of {', '.join(DIRECTIONS)}")
+    check_choice("direction", direction)
     if not len(ids):
         empty = student.sum() * 0.0
         return Divergence(empty, empty.detach().new_zeros(0), empty.detach().new_zeros(0))

@@ -44,6 +44,10 @@ def check_head(model: Any, ids: Tensor) -> None:
 
     ids: [1, tokens], any valid token ids.
     """
+    config = getattr(model, "config", None)
+    named = [n for n in _SCALES if getattr(config, n, None) not in (None, 1, 1.0)]
+    if named:  # a cap is nearly linear on small logits, so the numbers alone would not tell
+        raise ValueError(f"variant: {named[0]} in this model's config caps or scales its logits: {_REFUSED}")
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -52,10 +56,6 @@ def check_head(model: Any, ids: Tensor) -> None:
     finally:
         for module, mode in training:
             module.training = mode
-    config = getattr(model, "config", None)
-    named = [n for n in _SCALES if getattr(config, n, None) not in (None, 1, 1.0)]
-    if named:  # a cap is nearly linear on small logits, so the numbers alone would not tell
-        raise ValueError(f"variant: {named[0]} in this model's config caps or scales its logits: {_REFUSED}")
     gap = float((plain - ours).abs().max() / plain.abs().max().clamp(min=1e-6))
     if not gap < 1e-2:
         raise ValueError(

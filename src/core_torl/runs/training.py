@@ -22,6 +22,7 @@ from core_torl.problem import Problem
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, SampleTables
 from core_torl.runs.results import choices, is_main_process, make_tracker, write_results
+from core_torl.tracking.comparison_table import PRIMED
 from core_torl.tracking.console import make_console, print_config_tree, results_table
 from core_torl.tracking.figures import learning_curves_and_bars
 from core_torl.tracking.mirror import read_jsonl
@@ -30,7 +31,6 @@ from core_torl.variant.checkpoint import RLCheckpoint, check_fingerprint, read, 
 from core_torl.variant.policy_gradient import PolicyGradient
 
 console = make_console()
-PRIMED = "_primed"  # ends the name of a test set that was evaluated with the concept in the prompt
 # What a resumed run must share with the run that wrote the checkpoint; the rest is about speed, places and length.
 _FINGERPRINT = (
     "seed",

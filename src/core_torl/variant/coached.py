@@ -74,9 +74,9 @@ class Coached(PolicyGradient):
             answers.setdefault(i, []).extend(self.trajectory(problem, request.prompt_ids, s) for s in drawn)
         self.reward([Group(groups[i].problem, trajectories) for i, trajectories in answers.items()])
         flat = [t for trajectories in answers.values() for t in trajectories]
-        judged = [t.score for t in flat if t.score is not None and t.score.value is not None]
-        self._now.add("core/primed_accuracy", sum(s.correct for s in judged))
-        self._now.count("primed answers", len(judged))
+        scored = judged(flat)
+        self._now.add("core/primed_accuracy", sum(bool(t.score and t.score.correct) for t in scored))
+        self._now.count("primed answers", len(scored))
         self._now.add("core/primed_tokens", sum(len(t.token_ids) for t in flat))
         return [Primed(i, trajectories) for i, trajectories in answers.items()]
 
