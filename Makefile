@@ -17,7 +17,7 @@ export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean-outputs
+.PHONY: help setup bubblewrap demo test lint format bench clean-outputs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ demo: $(VENV)/.run  ## train CORE-KL and CORE-Base on concept quizzes, on CPU, a
 	$(BIN)/core-torl-train -cd sweeps -cn demo $(ARGS)
 	$(BIN)/core-torl-report runs=outputs/demo 'by=[variant]' baseline=core_base 'sets=[gap,mastered,gap_primed]' \
 	  title='CORE-KL beside CORE-Base' output=outputs/demo
+
+# bubblewrap is a program of the system, not a Python package. Nothing fails without it: its tests are then skipped, with
+# the reason, and the sandbox falls back to its second way.
+bubblewrap:  ## install bubblewrap with apt-get, if it is missing and that is possible
+	@command -v bwrap >/dev/null && exit 0; \
+	if ! command -v apt-get >/dev/null; then echo "bubblewrap is missing and there is no apt-get here; install it by hand"; \
+	elif [ "$$(id -u)" = 0 ]; then { apt-get install -qq -y bubblewrap || { apt-get update -qq && apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; \
+	else { sudo -n apt-get install -qq -y bubblewrap || { sudo -n apt-get update -qq && sudo -n apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; fi; \
+	command -v bwrap >/dev/null || echo "bubblewrap could not be installed; its tests will be skipped"
 
 test: $(VENV)/.dev  ## run the test suite (ARGS='tests/config -k errors' for a part of it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
