@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core_torl.sampler.protocol import SampleRequest, SamplingConfig
 from core_torl.sampler.rows import Rows, pack
+from core_torl.sampler.stops import StopFinder
 
 groups = st.dictionaries(st.integers(0, 50), st.integers(1, 40), min_size=1, max_size=12)
 
@@ -58,12 +59,15 @@ def test_block_sizes(counts, per_block, blocks):
 
 def test_rows_record_what_was_drawn_and_forget_who_has_ended(tiny_tokenizer):
     requests = [SampleRequest((5,), 2, 0), SampleRequest((6,), 1, 0)]
-    rows = Rows(requests, SamplingConfig(3), tiny_tokenizer, [2])
+    rows = Rows(requests, SamplingConfig(3), StopFinder(tiny_tokenizer), [2])
     assert rows.active() == {0: [0, 1], 1: [2]}
-    ended = rows.record(torch.tensor([0, 1, 2]), torch.tensor([9, 2, 8]), torch.tensor([-1.0, -2.0, -3.0]), 0)
-    assert ended.tolist() == [False, True, False] and rows.active() == {0: [0], 1: [2]}
-    rows.record(torch.tensor([2, 0]), torch.tensor([7, 6]), torch.tensor([-4.0, -5.0]), 1)
-    rows.record(torch.tensor([0, 2]), torch.tensor([5, 2]), torch.tensor([-6.0, -7.0]), 2)
+    ended = rows.record(torch.tensor([0, 1, 2]), torch.tensor([9, 2, 8]), torch.tensor([-1.0, -2.0, -3.0]))
+    assert ended == [1] and rows.running.tolist() == [True, False, True]
+    assert rows.active() == {0: [0, 1], 1: [2]}  # a row that waits may be resumed
+    rows.gone[1] = True
+    assert rows.active() == {0: [0], 1: [2]}
+    rows.record(torch.tensor([2, 0]), torch.tensor([7, 6]), torch.tensor([-4.0, -5.0]))
+    rows.record(torch.tensor([0, 2]), torch.tensor([5, 2]), torch.tensor([-6.0, -7.0]))
     (first, second), (third,) = rows.samples(requests, "v")
     assert (first.token_ids, first.logprobs, first.finish, first.stop) == (
         (9, 6, 5),
@@ -80,8 +84,8 @@ def test_a_stop_string_of_many_bytes_is_found_across_tokens(tiny_tokenizer):
     text = "x \U0001f600é"
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) >= 7
-    rows = Rows([SampleRequest((5,), 1, 0)], SamplingConfig(20, stop=("é",)), tiny_tokenizer, [2])
+    rows = Rows([SampleRequest((5,), 1, 0)], SamplingConfig(20, stop=("é",)), StopFinder(tiny_tokenizer), [2])
     for step, i in enumerate(ids):
-        ended = rows.record(torch.tensor([0]), torch.tensor([i]), torch.tensor([-1.0]), step)
-        assert ended.tolist() == [step == len(ids) - 1]
+        ended = rows.record(torch.tensor([0]), torch.tensor([i]), torch.tensor([-1.0]))
+        assert ended == ([0] if step == len(ids) - 1 else [])
     assert rows.finish[0] == ("stop", "é")

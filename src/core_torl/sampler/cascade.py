@@ -2,8 +2,9 @@
 
 While a group of N answers grows, every answer attends to the same prompt. Rows that share a prompt stand side by side
 in a block, so the prompt part of attention is one matrix product per block over one copy of its keys; only the answers'
-own keys and values are kept per row, in buffers that are written in place. The model's forward stays transformers' own:
-this module is a cache class and an attention function, registered under the name ``NAME``.
+own keys and values are kept per row, in buffers that are written in place. Rows may stand at different places in their
+answers, because some have waited for a tool. The model's forward stays transformers' own: this module is a cache class
+and an attention function, registered under the name ``NAME``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class CascadeLayer(CacheLayerMixin):
         self.prompt_values: Tensor | None = None  # [blocks, kv heads, prompt length, head size]
         self.answer_keys: Tensor | None = None  # [rows, kv heads, capacity, head size]
         self.answer_values: Tensor | None = None
-        self.length = 0  # answer tokens written so far
+        self.length = 0  # answer tokens written so far, by the row that has most
+        self.lengths: Tensor | None = None  # [rows] the same for each row, where they differ
         self.decoding = False
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -47,15 +49,21 @@ class CascadeLayer(CacheLayerMixin):
         if self.answer_keys is None or self.length == self.answer_keys.shape[2]:
             self._grow(key_states, value_states)
         assert self.answer_keys is not None and self.answer_values is not None
-        self.answer_keys[:, :, self.length] = key_states[:, :, 0]
-        self.answer_values[:, :, self.length] = value_states[:, :, 0]
+        if self.lengths is None:
+            self.answer_keys[:, :, self.length] = key_states[:, :, 0]
+            self.answer_values[:, :, self.length] = value_states[:, :, 0]
+        else:
+            rows = torch.arange(len(self.lengths), device=key_states.device)
+            self.answer_keys[rows, :, self.lengths] = key_states[:, :, 0]
+            self.answer_values[rows, :, self.lengths] = value_states[:, :, 0]
         self.length += 1
         return self.answer_keys[:, :, : self.length], self.answer_values[:, :, : self.length]
 
     def _grow(self, key: Tensor, value: Tensor) -> None:
         capacity = _FIRST_CAPACITY if self.answer_keys is None else 2 * self.answer_keys.shape[2]
-        new_keys = key.new_empty(key.shape[0], key.shape[1], capacity, key.shape[3])
-        new_values = value.new_empty(value.shape[0], value.shape[1], capacity, value.shape[3])
+        # Zeros, because places that a row has not written yet are read (and weighed by 0) once rows differ in length.
+        new_keys = key.new_zeros(key.shape[0], key.shape[1], capacity, key.shape[3])
+        new_values = value.new_zeros(value.shape[0], value.shape[1], capacity, value.shape[3])
         if self.answer_keys is not None and self.answer_values is not None:
             new_keys[:, :, : self.length] = self.answer_keys[:, :, : self.length]
             new_values[:, :, : self.length] = self.answer_values[:, :, : self.length]
@@ -89,6 +97,7 @@ class CascadeCache(Cache):
         super().__init__(layer_class_to_replicate=CascadeLayer)
         self.rows_per_block = 1
         self.prompt_bias: Tensor | None = None  # [blocks, 1, 1, prompt length]: 0, or minus infinity on padding
+        self.answer_bias: Tensor | None = None  # [rows, 1, 1, answer length]: minus infinity on places not yet written
 
     def start_decoding(self, prompt_mask: Tensor) -> None:
         """prompt_mask: [blocks, prompt length], True on real tokens."""
@@ -96,6 +105,22 @@ class CascadeCache(Cache):
             layer.decoding = True  # pyright: ignore[reportAttributeAccessIssue]
         bias = torch.zeros(prompt_mask.shape, dtype=torch.float32, device=prompt_mask.device)
         self.prompt_bias = bias.masked_fill(~prompt_mask, -torch.inf)[:, None, None, :]
+
+    def write_at(self, lengths: Tensor) -> None:
+        """Where each row's next token goes: [rows] answer tokens that it has so far. Call before each forward."""
+        longest = int(lengths.max())
+        ragged = bool((lengths != longest).any())
+        device = self.prompt_bias.device if self.prompt_bias is not None else lengths.device
+        places = lengths.to(device)
+        self.answer_bias = None
+        if ragged:
+            unwritten = torch.arange(longest + 1, device=device)[None] > places[:, None]
+            self.answer_bias = torch.zeros(unwritten.shape, device=device).masked_fill(unwritten, -torch.inf)[
+                :, None, None
+            ]
+        for layer in self.layers:
+            layer.length = longest  # pyright: ignore[reportAttributeAccessIssue]
+            layer.lengths = places if ragged else None  # pyright: ignore[reportAttributeAccessIssue]
 
     def arrange(self, blocks: Tensor, rows: Tensor, rows_per_block: int) -> None:
         assert self.prompt_bias is not None
@@ -141,6 +166,8 @@ def cascade_attention(
     )
     prompt_scores = (together @ layer.prompt_keys).float() + cache.prompt_bias
     answer_scores = (own @ key.transpose(-1, -2)).float()  # [rows, kv heads, share, answer length]
+    if cache.answer_bias is not None:
+        answer_scores = answer_scores + cache.answer_bias
     # Bring the answers' scores into the blocks' order; they are the smaller part.
     answer_scores = (
         answer_scores.view(blocks, per_block, kv_heads, share, -1)

@@ -27,12 +27,15 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 def uniforms(requests: Sequence[SampleRequest], length: int) -> Tensor:
     """Numbers in [0, 1): [rows, length] float64, one row for each sample of each request, request by request."""
     seeds: list[int] = []
+    starts: list[int] = []  # a continued answer goes on in its stream where it stood
     for request in requests:
         seed = request.seed if request.seed is not None else int(torch.randint(2**62, ()))
-        seeds += [(seed * 0x9E3779B1 + i + 1) % 2**64 for i in range(request.n)]
+        seeds += [(seed * 0x9E3779B1 + request.first + i + 1) % 2**64 for i in range(request.n)]
+        starts += [request.start] * request.n
     rows = _splitmix64(_splitmix64(np.array(seeds, dtype=np.uint64)))[:, None]
+    places = np.array(starts, dtype=np.uint64)[:, None] + np.arange(length, dtype=np.uint64)[None, :]
     with np.errstate(over="ignore"):
-        counters = rows + np.arange(length, dtype=np.uint64)[None, :] * np.uint64(0xD1342543DE82EF95)
+        counters = rows + places * np.uint64(0xD1342543DE82EF95)
     return torch.from_numpy((_splitmix64(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 

@@ -9,6 +9,8 @@ The contract (tests/sampler/test_contract.py holds every sampler to it):
 - A stop string is found on decoded text, so ids may run past it inside the last token.
 - A prompt that is empty or leaves no room for an answer is an error before anything is sampled.
 - After ``sync`` no sample carries an older weight version.
+
+A sampler may also be fed while it runs, which is what tools need: see ``Session``.
 """
 
 from __future__ import annotations
@@ -24,11 +26,20 @@ from core_torl.trajectory import Sample
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """``n`` answers to one prompt. ``seed`` None draws a fresh seed from torch's global generator."""
+    """``n`` answers to one prompt. ``seed`` None draws a fresh seed from torch's global generator.
+
+    The other fields let one answer be continued exactly as if it had never been interrupted: its tokens so far stand at
+    the end of ``prompt_ids``, ``start`` is their number, ``first`` its place among the answers of the request that it
+    began in. ``max_new_tokens`` and ``stop`` take the place of those in SamplingConfig where they are not None.
+    """
 
     prompt_ids: tuple[int, ...]
     n: int = 1
     seed: int | None = None
+    first: int = 0
+    start: int = 0
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +93,33 @@ class Sampler(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Session(Protocol):
+    """Answers in progress that can be interrupted by a stop string, given more tokens and sent on, each by itself.
+
+    ``row`` counts answers over all requests, in order. A row's turn ends like an answer does; it then waits until it is
+    resumed or released, while the others go on. A row's draws depend on its seed and its place in the answer alone, so
+    the order in which rows are resumed changes nothing.
+    """
+
+    @property
+    def running(self) -> int:
+        """How many rows are not waiting."""
+        ...
+
+    def advance(self) -> list[int]:
+        """Work on every running row, by one token or more; returns the rows whose turn has ended by it."""
+        ...
+
+    def answer(self, row: int) -> Sample:
+        """The row's answer so far, from its first token: sampled and given ones, the latter with log-prob 0."""
+        ...
+
+    def resume(self, row: int, token_ids: Sequence[int], stop: tuple[str, ...]) -> None:
+        """Send a waiting row on behind ``token_ids``, with these stop strings. ValueError if no token is left to it."""
+        ...
+
+    def release(self, row: int) -> None:
+        """A waiting row will not be resumed: its memory may be used for others."""
+        ...

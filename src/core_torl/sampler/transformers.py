@@ -25,14 +25,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from core_torl.sampler.cascade import CascadeCache, cascade
+from core_torl.sampler.cascade_session import CascadeSession
 from core_torl.sampler.draw import draw
-from core_torl.sampler.protocol import SampleRequest, SamplingConfig
-from core_torl.sampler.rows import Rows, pack
+from core_torl.sampler.generate_session import GenerateSession
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig, Session
+from core_torl.sampler.rows import Rows, token_limit
+from core_torl.sampler.stops import StopFinder
 from core_torl.trajectory import Sample
 
 log = logging.getLogger(__name__)
-_SHRINK = 0.75  # pack again once this share of the places, or less, is needed
 
 
 class TransformersSampler:
@@ -64,6 +65,7 @@ class TransformersSampler:
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.sampling = SamplingConfig(max_new_tokens, temperature, top_p, top_k, min_p, stop=tuple(stop))
         self.eos_ids = sorted(set(eos_ids) if eos_ids is not None else find_eos_ids(model, tokenizer))
+        self.finder = StopFinder(tokenizer)
         self.version = "0"
         self._engine = engine
         self._proved: str | None = None if engine == "auto" else engine
@@ -80,24 +82,29 @@ class TransformersSampler:
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
         sampling = sampling or self.sampling
+        self._check(requests, sampling)
+        run = self._cascade if self.engine == "cascade" else self._generate
+        samples: list[list[Sample]] = []
+        with self._evaluating():
+            for part in self.parts(requests):
+                samples += run(part, sampling)
+        return samples
+
+    def _check(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for i, request in enumerate(requests):
             if not request.prompt_ids or request.n < 1:
                 raise ValueError(f"sampler: request {i} has an empty prompt or n < 1")
-            if limit and len(request.prompt_ids) + sampling.max_new_tokens > limit:
+            if token_limit(request, sampling) < 1:
+                raise ValueError(f"sampler: request {i} asks for {request.max_new_tokens} tokens; ask for one at least")
+            if limit and len(request.prompt_ids) + token_limit(request, sampling) > limit:
                 raise ValueError(
                     f"sampler: prompt {i} has {len(request.prompt_ids)} tokens; with max_new_tokens="
-                    f"{sampling.max_new_tokens} it exceeds the model's {limit} positions: lower sampler.max_new_tokens "
-                    "or drop long prompts"
+                    f"{token_limit(request, sampling)} it exceeds the model's {limit} positions: lower "
+                    "sampler.max_new_tokens or drop long prompts"
                 )
-        run = self._cascade if self.engine == "cascade" else self._generate
-        samples: list[list[Sample]] = []
-        with self._evaluating():
-            for part in self._parts(requests):
-                samples += run(part, sampling)
-        return samples
 
-    def _parts(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
+    def parts(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
         """Cut the requests so that no part has more than ``max_rows`` rows, if a single request does not have more."""
         part: list[SampleRequest] = []
         for request in requests:
@@ -142,70 +149,37 @@ class TransformersSampler:
         mask = torch.arange(longest, device=device)[None, :] >= longest - length
         return ids, mask, (mask.long().cumsum(-1) - 1).clamp_(min=0)
 
-    def _cascade(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
-        device = self.model.device
-        rows = Rows(requests, sampling, self.tokenizer, self.eos_ids)
-        ids, mask, positions = self._prompts(requests)
-        cache = CascadeCache()
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # [requests, vocabulary]
-        cache.start_decoding(mask)
-        packing = pack(rows.active(), max(r.n for r in requests))
-        cache.arrange(packing.blocks.to(device), packing.places.to(device), packing.per_block)
-        logits = logits[packing.blocks.to(device)].repeat_interleave(packing.per_block, dim=0)  # [places, vocabulary]
-        prompt_length = torch.tensor([len(r.prompt_ids) for r in requests])
-        with cascade(self.model, cache):
-            for step in range(sampling.max_new_tokens):
-                token, live, packing, logits = self._draw_and_pack(rows, packing, logits, sampling, step, cache)
-                if not live or step + 1 == sampling.max_new_tokens:
-                    break
-                position = prompt_length[rows.request_of_row[packing.places]] + step
-                logits = self.model(
-                    input_ids=token.to(device)[:, None],
-                    position_ids=position.to(device)[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits[:, -1]
-        return rows.samples(requests, self.version)
+    @contextmanager
+    def session(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> Iterator[Session]:
+        """Answers that can be interrupted and resumed; the weights must not change before the block is left."""
+        sampling = sampling or self.sampling
+        self._check(requests, sampling)
+        if self.engine != "cascade":
+            yield GenerateSession(self, requests, sampling)
+            return
+        with self._evaluating():
+            yield self._cascade_session(requests, sampling)
 
-    def _draw_and_pack(
-        self, rows: Rows, packing: Any, logits: Tensor, sampling: SamplingConfig, step: int, cache: CascadeCache
-    ) -> Any:
-        """Draw a token for each place, record the living ones, and drop finished rows once enough have finished."""
-        if step < sampling.min_new_tokens:
-            logits = logits.index_fill(-1, rows.eos_ids.to(logits.device), -torch.inf)
-        token, logprob = (x.cpu() for x in draw(logits, sampling, rows.numbers[packing.places, step]))
-        alive = packing.live
-        ended = rows.record(packing.places[alive], token[alive], logprob[alive], step)
-        if not ended.any():
-            return token, True, packing, logits
-        packing.live[alive.nonzero().flatten()[ended]] = False
-        remaining = int(packing.live.sum())
-        if remaining and remaining <= _SHRINK * len(packing.places):
-            place_of_row = {int(r): p for p, r in enumerate(packing.places.tolist()) if packing.live[p]}
-            block_of_request: dict[int, int] = {int(r): b for b, r in enumerate(packing.blocks.tolist())}
-            new = pack(rows.active(), packing.per_block)
-            kept = torch.tensor([place_of_row[r] for r in new.places.tolist()])
-            blocks = torch.tensor([block_of_request[r] for r in new.blocks.tolist()])
-            device = logits.device
-            cache.arrange(blocks.to(device), kept.to(device), new.per_block)
-            packing, token, logits = new, token[kept], logits[kept.to(device)]
-        return token, remaining > 0, packing, logits
+    def _cascade_session(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> CascadeSession:
+        rows = Rows(requests, sampling, self.finder, self.eos_ids)
+        lengths = torch.tensor([len(r.prompt_ids) for r in requests])
+        return CascadeSession(self.model, rows, self._prompts(requests), lengths, self.version)
+
+    def _cascade(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
+        session = self._cascade_session(requests, sampling)
+        while session.running:
+            for row in session.advance():
+                session.release(row)
+        return session.rows.samples(requests, self.version)
 
     def _generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
-        rows = Rows(requests, sampling, self.tokenizer, self.eos_ids)
+        rows = Rows(requests, sampling, self.finder, self.eos_ids)
         ids, mask, _ = self._prompts(requests)
         index = rows.request_of_row.to(ids.device)
-        picker = _Picker(rows, sampling)
+        picker = _Picker(rows)
         with self._plain_generation() as model:
             model.generate(
-                input_ids=ids[index], attention_mask=mask[index].long(), max_new_tokens=sampling.max_new_tokens,
+                input_ids=ids[index], attention_mask=mask[index].long(), max_new_tokens=int(rows.limit.max()),
                 do_sample=False, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id or 0,
                 logits_processor=LogitsProcessorList([picker]),
                 stopping_criteria=StoppingCriteriaList([_AllDone(rows)]),
@@ -257,16 +231,16 @@ class TransformersSampler:
 class _Picker(LogitsProcessor):
     """Makes ``generate`` take the very token that our own draw chooses, and records it."""
 
-    def __init__(self, rows: Rows, sampling: SamplingConfig) -> None:
-        self.rows, self.sampling, self.step = rows, sampling, 0
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.step < self.sampling.min_new_tokens:
-            scores = scores.index_fill(-1, self.rows.eos_ids.to(scores.device), -torch.inf)
-        token, logprob = draw(scores, self.sampling, self.rows.numbers[:, self.step])
-        open_rows = (~self.rows.done).nonzero().flatten()
-        self.rows.record(open_rows, token.cpu()[open_rows], logprob.cpu()[open_rows], self.step)
-        self.step += 1
+        rows = self.rows.running.nonzero().flatten()
+        logits = self.rows.hold_back(scores[rows.to(scores.device)], rows)
+        ids, logprobs = draw(logits, self.rows.sampling, self.rows.numbers[rows, self.rows.length[rows]])
+        self.rows.record(rows, ids.cpu(), logprobs.cpu())
+        token = torch.zeros(len(scores), dtype=torch.long, device=scores.device)  # rows that have ended get any token
+        token[rows.to(scores.device)] = ids.to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
 
 
@@ -275,7 +249,7 @@ class _AllDone(StoppingCriteria):
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), bool(self.rows.done.all()), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), not bool(self.rows.running.any()), device=input_ids.device)
 
 
 def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

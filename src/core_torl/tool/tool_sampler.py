@@ -1,0 +1,212 @@
+"""The tool loop: a sampler whose answers may have Python run for them.
+
+A turn ends when the policy opens an output block. Its program is run, what came out of it is appended **as token ids**,
+and the answer goes on behind them. Nothing is decoded and encoded again: the tokens that the policy drew are the tokens
+that are trained, and ``ToolCall.start`` and ``end`` say exactly which ones it did not draw.
+
+Each answer is on its own. As soon as its result is back it goes on, while others are generated and others wait; the
+embedded sampler keeps what it has read of an answer that waits. Draws depend on a row's seed and place alone, so the
+order in which results come back changes nothing.
+
+``call_budget`` (C) counts programs that were run. A turn that opens an output without a program costs nothing and is
+told nothing. The answer is always continued after the last call. When the sandbox itself fails, after its own retries,
+the answer is given up as "abort": nobody knows what the program would have done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from core_torl.code_blocks import OUTPUT, POLICIES, python_blocks, select
+from core_torl.sampler.generate_session import GenerateSession
+from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session
+from core_torl.sandbox.protocol import Execution, Sandbox
+from core_torl.trajectory import Finish, Sample, ToolCall
+
+NOTICES = ("none", "message", "forbid_output")
+
+
+class ObservationRules(Protocol):
+    def text(self, execution: Execution) -> str: ...
+
+
+class ToolSampler:
+    """A sampler with tools: see core_torl.sampler.protocol for what it promises, and this module's first lines.
+
+    ``block_policy`` says which program of a turn is run: the last one, the first one, or all, one behind the other.
+    ``budget_notice`` says what happens once no call is left: "none" (the paper: the policy is not told, and output
+    blocks that it opens are its own invention), "message" (the last observation ends with ``notice``), "forbid_output"
+    (an answer that opens another output block ends there).
+
+    Raises:
+        ValueError: a value is out of range; the message names its config key and the fix.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        sandbox: Sandbox,
+        tokenizer: Any,
+        *,
+        observation: ObservationRules,
+        call_budget: int,
+        block_policy: str = "last",
+        budget_notice: str = "none",
+        notice: str = "[no calls left]",
+    ) -> None:
+        if call_budget < 1:
+            raise ValueError(f"tool.call_budget={call_budget}: a sampler with tools needs at least 1")
+        if block_policy not in POLICIES:
+            raise ValueError(f"tool.block_policy={block_policy!r}: use one of {', '.join(POLICIES)}")
+        if budget_notice not in NOTICES:
+            raise ValueError(f"tool.budget_notice={budget_notice!r}: use one of {', '.join(NOTICES)}")
+        self.sampler, self.sandbox, self.tokenizer, self.observation = sampler, sandbox, tokenizer, observation
+        self.call_budget, self.block_policy, self.budget_notice = call_budget, block_policy, budget_notice
+        self.notice = notice
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return self.sampler.sampling
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
+        """Samples in the order of the requests, their calls among their tokens."""
+        sampling = sampling or self.sampling
+        watching = dataclasses.replace(sampling, stop=(*sampling.stop, OUTPUT))
+        samples: list[list[Sample]] = []
+        for part in self._parts(requests):
+            with self._session(part, watching) as session:
+                flat = iter(_Loop(self, session, sum(r.n for r in part), watching).run())
+            samples += [[next(flat) for _ in range(r.n)] for r in part]
+        return samples
+
+    def _parts(self, requests: Sequence[SampleRequest]) -> Iterator[Sequence[SampleRequest]]:
+        """What the sampler takes at once."""
+        sampler: Any = self.sampler
+        if requests:
+            yield from sampler.parts(requests) if hasattr(sampler, "parts") else [requests]
+
+    def _session(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> AbstractContextManager[Session]:
+        sampler: Any = self.sampler
+        if hasattr(sampler, "session"):
+            return sampler.session(requests, sampling)
+        return nullcontext(GenerateSession(sampler, requests, sampling))
+
+    def observed(self, text: str, before: str) -> tuple[int, ...]:
+        """Token ids of an observation behind an answer that ends in ``before``."""
+        opening = "" if before.endswith("\n") else "\n"
+        return encode_plainly(self.tokenizer, f"{opening}{text}\n```\n")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        self.sampler.sync(named_tensors, version)
+
+    def sleep(self) -> None:
+        self.sampler.sleep()
+
+    def wake(self) -> None:
+        self.sampler.wake()
+
+    def close(self) -> None:
+        self.sampler.close()
+        self.sandbox.close()
+
+
+def encode_plainly(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of ``text`` without any special token, also where it spells one: a program must not end an answer."""
+    ids = tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    special = set(tokenizer.all_special_ids)
+    if special.isdisjoint(ids):
+        return ids
+    # A tokenizer whose own vocabulary holds the special tokens: cut the text inside of each, so that none is seen.
+    names = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    pieces = re.split("|".join(f"(?<={re.escape(n[:1])})(?={re.escape(n[1:])})" for n in names if n[1:]), text)
+    return tuple(i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+
+class _Loop:
+    """One session from its first token to its last."""
+
+    def __init__(self, tools: ToolSampler, session: Session, rows: int, sampling: SamplingConfig) -> None:
+        self.tools, self.session, self.sampling = tools, session, sampling
+        self.calls: list[list[ToolCall]] = [[] for _ in range(rows)]
+        self.turn_start = [0] * rows  # the first token behind the last observation
+        self.finished: dict[int, Sample] = {}
+        self.waiting: dict[int, str] = {}  # rows whose program runs
+        self.results: SimpleQueue[tuple[int, Future[Execution]]] = SimpleQueue()
+
+    def run(self) -> list[Sample]:
+        while self.session.running or self.waiting:
+            self._take_results()
+            if self.session.running:
+                for row in self.session.advance():
+                    self._end_of_turn(row)
+        return [self.finished[row] for row in range(len(self.calls))]
+
+    def _take_results(self) -> None:
+        """Send on every row whose result is there; if nothing else can be done, wait for one."""
+        block = bool(self.waiting) and not self.session.running
+        while True:
+            try:
+                row, future = self.results.get(block=block)
+            except Empty:
+                return
+            block = False
+            self._observe(row, future)
+
+    def _end_of_turn(self, row: int) -> None:
+        answer = self.session.answer(row)
+        if answer.finish != "stop" or answer.stop != OUTPUT:
+            return self._finish(row, answer)
+        if len(self.calls[row]) == self.tools.call_budget:  # with budget_notice=forbid_output
+            return self._finish(row, answer)
+        turn = self.tools.decode(answer.token_ids[self.turn_start[row] :])
+        code = select(python_blocks(turn), self.tools.block_policy)
+        if code is not None:
+            self.waiting[row] = code
+            future = self.tools.sandbox.submit(code)
+            future.add_done_callback(lambda done: self.results.put((row, done)))
+        elif len(answer.token_ids) < self.sampling.max_new_tokens:
+            self.session.resume(row, (), self.sampling.stop)  # an output of nothing: the policy is on its own
+        else:
+            self._finish(row, answer, "length")
+
+    def _observe(self, row: int, future: Future[Execution]) -> None:
+        code, answer, calls = self.waiting.pop(row), self.session.answer(row), self.calls[row]
+        try:
+            execution = future.result()
+        except CancelledError:
+            execution = Execution("", "", "infrastructure", detail="the sandbox was closed")
+        place = len(answer.token_ids)
+        if execution.status == "infrastructure":
+            calls.append(ToolCall(code, execution.status, "", place, place, execution.seconds))
+            return self._finish(row, answer, "abort")
+        text = self.tools.observation.text(execution)
+        left = self.tools.call_budget - len(calls) - 1
+        if not left and self.tools.budget_notice == "message":
+            text = f"{text}\n{self.tools.notice}"
+        ids = self.tools.observed(text, self.tools.decode(answer.token_ids[self.turn_start[row] :]))
+        if place + len(ids) >= self.sampling.max_new_tokens:
+            # No room for the observation and a token more: cut here, with what the policy wrote so far.
+            calls.append(ToolCall(code, execution.status, text, place, place, execution.seconds))
+            return self._finish(row, answer, "length")
+        calls.append(ToolCall(code, execution.status, text, place, place + len(ids), execution.seconds))
+        self.turn_start[row] = place + len(ids)
+        watch = left > 0 or self.tools.budget_notice == "forbid_output"
+        stops = self.sampling.stop if watch else tuple(s for s in self.sampling.stop if s != OUTPUT)
+        self.session.resume(row, ids, stops)
+
+    def _finish(self, row: int, answer: Sample, finish: Finish | None = None) -> None:
+        if finish is not None:
+            answer = dataclasses.replace(answer, finish=finish, stop=None)
+        self.finished[row] = dataclasses.replace(answer, calls=tuple(self.calls[row]))
+        self.session.release(row)
