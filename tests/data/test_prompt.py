@@ -123,7 +123,7 @@ def test_the_concept_is_the_only_difference_in_token_ids(tiny_tokenizer, monkeyp
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"style": "raw"}, "model.prompt.style='raw'"),
+        ({"style": "raw"}, "model.prompt.style='raw': use plain, bare or chat"),
         ({"choice": "{question} {options}"}, "model.prompt.choice lacks {concept}"),
         ({"choice": "{concept} {options}"}, "model.prompt.choice lacks {question}"),
         ({"choice": "{concept} {question}"}, "model.prompt.choice lacks {options}"),
@@ -135,3 +135,30 @@ def test_a_template_that_would_lose_something_is_refused(changes, text):
     with pytest.raises(ValueError) as error:
         template(**changes)
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+# ToRL, Figure 3 and template tir_base_0309 of the released code, in which the text ends with a line feed.
+TORL_0309 = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it.\n"
+    "User: Please integrate natural language reasoning with programs to solve the problem above, and put your final "
+    "answer within \\boxed{}.\n"
+    "Let $S = \\{1, \\frac{1}{2}, {question}\\}$.\nFind {} and {concept}.\n"
+    "Assistant:\n"
+)
+
+
+def test_torls_template_is_the_published_one_byte_for_byte(tiny_tokenizer):
+    problem = Problem("t", "Let $S = \\{1, \\frac{1}{2}, {question}\\}$.\nFind {} and {concept}.", "3")
+    torl = shipped("torl_0309")
+    assert torl.user_text(problem).encode() == TORL_0309.encode()
+    assert torl.style == "bare" and not torl.system
+    assert torl.encode(tiny_tokenizer, problem) == tuple(
+        tiny_tokenizer(TORL_0309, add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_bare_style_adds_no_token_at_all(tiny_tokenizer):
+    plain, bare = template().encode(tiny_tokenizer, OPEN), template(style="bare").encode(tiny_tokenizer, OPEN)
+    assert plain == (tiny_tokenizer.bos_token_id, *bare), "this tokenizer starts a text with a token of its own"
+    answer = template(style="bare").encode_answer(tiny_tokenizer, "the sum is 3")
+    assert tiny_tokenizer.decode(list(answer)) == "the sum is 3"

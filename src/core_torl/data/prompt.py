@@ -1,8 +1,9 @@
 """How a problem becomes the text a policy reads, with or without a concept before it.
 
 One template renders the plain prompt and the concept-primed prompt, so that only the concept differs between the two
-(the released CORE code changed the instructions as well). ``style: plain`` gives the text to the tokenizer as it is;
-``style: chat`` puts it through the tokenizer's own chat template.
+(the released CORE code changed the instructions as well). ``style: plain`` gives the text to the tokenizer, which
+may put a start token before it; ``style: bare`` gives the text and nothing else (ToRL's base models); ``style: chat``
+puts it through the tokenizer's own chat template.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class PromptTemplate:
     system: str = ""
 
     def __post_init__(self) -> None:
-        if self.style not in ("plain", "chat"):
-            raise ValueError(f"model.prompt.style={self.style!r}: use plain or chat")
+        if self.style not in ("plain", "bare", "chat"):
+            raise ValueError(f"model.prompt.style={self.style!r}: use plain, bare or chat")
         for key, needed in (
             ("choice", ("{concept}", "{question}", "{options}")),
             ("open", ("{concept}", "{question}")),
@@ -63,10 +64,10 @@ class PromptTemplate:
         return tuple(tokenizer(f" {text}" if self.style == "plain" else text, add_special_tokens=False)["input_ids"])
 
     def encode(self, tokenizer: Any, problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
-        """Token ids of the prompt, ready for a sampler; special tokens included once."""
+        """Token ids of the prompt, ready for a sampler; special tokens included once, with style ``bare`` none."""
         text = self.user_text(problem, concept)
-        if self.style == "plain":
-            return tuple(tokenizer(text)["input_ids"])
+        if self.style != "chat":
+            return tuple(tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"])
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": text})
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
