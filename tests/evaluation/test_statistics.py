@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from core_torl.evaluation.statistics import bootstrap_mean, holm, mcnemar, paired_difference, wilson
+from core_torl.evaluation.statistics import bootstrap_mean, holm, mcnemar, paired_difference, t_mean, wilson
 
 
 def test_wilson_known_values():
@@ -32,6 +32,23 @@ def test_wilson_narrows_with_n_and_widens_with_confidence():
 def test_wilson_covers_as_often_as_it_says():
     successes = np.random.default_rng(0).binomial(40, 0.7, size=2000)
     hits = [(e := wilson(int(s), 40)).low <= 0.7 <= e.high for s in successes]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
+
+
+def test_t_mean_has_its_closed_form():
+    estimate = t_mean([1.0, 2.0, 6.0])
+    half = 4.302652729911275 * math.sqrt(7 / 3)  # t with 2 degrees of freedom; the variance is 7
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3, 3 - half, 3 + half))
+    assert (estimate.n, estimate.method) == (3, "t over 3 values")
+    one = t_mean([4.0])
+    assert one.value == 4 and math.isnan(one.low) and math.isnan(one.high) and one.method.startswith("no interval")
+    with pytest.raises(ValueError, match="t_mean: values"):
+        t_mean([])
+
+
+def test_t_mean_of_three_covers_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(0.5, 0.1, size=(2000, 3))
+    hits = [(e := t_mean(row.tolist())).low <= 0.5 <= e.high for row in draws]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from core_torl.evaluation.statistics import Estimate, bootstrap_mean, paired_dif
 from core_torl.problem import LETTERS, Concept, Problem
 from core_torl.reward.answers import option_letter
 from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig
+from core_torl.tool.usage import usage
 from core_torl.trajectory import Score, Trajectory
 
+_TOOL_USE = ("code_ratio", "pass_ratio", "executed_ratio", "calls_per_response", "hallucinated_output_ratio")
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
 
 
@@ -42,16 +44,18 @@ class Item:
     truncated: float
     orders: int
     excluded: float
+    transcript: str  # the first answer in the problem's own order, observations of tools included
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """One test set under one way of decoding ("greedy" or "sampled")."""
+    """One test set under one way of decoding ("greedy" or "sampled"). ``tools`` holds shares of tool use, if any."""
 
     name: str
     decoding: str
     items: list[Item]
     orders: int
+    tools: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -147,26 +151,29 @@ class Evaluation:
             answers = sampler.generate(requests, sampling)
             trajectories = [
                 [
-                    Trajectory(
-                        v,
-                        r.prompt_ids,
-                        s,
-                        str(tokenizer.decode(list(s.token_ids), skip_special_tokens=True)),
-                        (True,) * len(s.token_ids),
-                    )
+                    Trajectory.of(v, r.prompt_ids, s, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
                     for s in group
                 ]
                 for (_, _, v, _), r, group in zip(variants, requests, answers, strict=True)
             ]
             flat = [t for group in trajectories for t in group]
+            aborted = sum(t.aborted for t in flat)
+            if aborted:
+                # To leave them out would compare other problems before and after training.
+                raise RuntimeError(
+                    f"evaluation: the sandbox failed in {aborted} of {len(flat)} answers; mend it and evaluate again"
+                )
             for trajectory, score in zip(flat, reward.score(flat), strict=True):
                 trajectory.score = score
             by_problem: dict[tuple[str, str], list[tuple[tuple[int, ...], list[Trajectory]]]] = {}
             for (name, problem, _, order), group in zip(variants, trajectories, strict=True):
                 by_problem.setdefault((name, problem.uid), []).append((order, group))
+            budget: int = getattr(sampler, "call_budget", 0)
             for name, problems in chosen.items():
                 items = [_item(p, by_problem[name, p.uid]) for p in problems]
-                results.append(SetResult(name, decoding, items, self.permutations + 1))
+                answered = [t for p in problems for _, group in by_problem[name, p.uid] for t in group]
+                tools = _tool_use(answered, budget) if budget else {}
+                results.append(SetResult(name, decoding, items, self.permutations + 1, tools))
         return results
 
     def _seed(self, decoding: str, uid: str) -> int:
@@ -239,6 +246,7 @@ class Evaluation:
             for measure in ("unparsed", "truncated", "excluded"):
                 flat[f"{base}/{measure}"] = float(np.mean([getattr(i, measure) for i in result.items]))
             flat[f"{base}/n"] = len(result.items)
+            flat |= {f"{base}/{name}": value for name, value in result.tools.items()}
         return flat
 
     def per_concept(self, results: Sequence[SetResult]) -> list[dict[str, Any]]:
@@ -276,7 +284,15 @@ def _item(problem: Problem, orders: list[tuple[tuple[int, ...], list[Trajectory]
         truncated=float(np.mean([t.truncated for t in flat])),
         orders=len(orders),
         excluded=float(np.mean([_score(t).value is None for t in flat])),
+        transcript=orders[0][1][0].transcript,
     )
+
+
+def _tool_use(trajectories: Sequence[Trajectory], budget: int) -> dict[str, float]:
+    ratios = usage(trajectories, budget)
+    return {
+        name: ratios[f"tool/{name}"][0] / ratios[f"tool/{name}"][1] for name in _TOOL_USE if ratios[f"tool/{name}"][1]
+    }
 
 
 def _independent(items: Sequence[Item]) -> float:

@@ -1,8 +1,8 @@
 """A comparison of finished runs: one table, the numbers behind it, and its pictures.
 
-A cell holds the runs that differ in nothing but their seed; see ``runs.finished`` for how they are found. All numbers
+A cell holds the runs that differ in nothing but their seed; see ``runs.finished`` for how they are found. Accuracies
 come from the rows per concept in ``results.json``, so that seeds and concepts can both be drawn; see
-``evaluation.comparison``.
+``evaluation.comparison``. Metrics of the training itself come from ``metrics.jsonl``; see ``runs.curves``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,27 @@ from rich.text import Text
 from core_torl.config.errors import UserError, nearest
 from core_torl.evaluation.comparison import Cell, cell_mean, holm_of_known, paired, share
 from core_torl.evaluation.statistics import Estimate
+from core_torl.runs.curves import Histories, first_and_last, metric_lines, read_histories
 from core_torl.runs.finished import Group, check_sets, find_runs, group, x_of
-from core_torl.tracking.comparison_figures import CellPicture, comparison_figure, line_figure
+from core_torl.tracking.comparison_figures import (
+    CellPicture,
+    best_cells,
+    comparison_figure,
+    curve_colours,
+    line_figure,
+)
 from core_torl.tracking.comparison_table import absent, legend, markdown, measure_name, rich_tables
 from core_torl.tracking.console import make_console
-from core_torl.tracking.mirror import read_jsonl
+from core_torl.tracking.curves import Line, curves_figure, line_colours, write_numbers
 
 MASTERED = "mastered"  # the test set of what the model could do before
 
 
 def report(cfg: DictConfig) -> None:
-    """Write ``table.md``, ``comparison.json``, ``comparison.png`` and, with ``x``, ``line.png``; print the table."""
+    """Write ``table.md``, ``comparison.json``, ``comparison.png`` and what was asked for beside; print the table.
+
+    ``x`` asks for ``line.png``, ``curves`` for ``curves.png`` and ``curves.csv``, ``final`` for a second table.
+    """
     folders = [Path(f) for f in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     runs, unfinished = find_runs(folders)
     if not runs:
@@ -49,17 +59,34 @@ def report(cfg: DictConfig) -> None:
         "title": cfg.title or ", ".join(f.resolve().name for f in folders), "by": list(cfg.by), "x": cfg.x,
         "unfinished": unfinished,
     }  # fmt: skip
+    notes = comparison["notes"]
+    histories = read_histories(groups, notes)
     pictures = [
-        picture(one, cell, cfg.headline, f"{MASTERED}/{cfg.decoding}/accuracy", comparison["notes"])
+        picture(one, cell, cfg.headline, f"{MASTERED}/{cfg.decoding}/accuracy", histories)
         for one, cell in zip(groups, comparison["cells"], strict=True)
     ]
     lines = {} if cfg.x is None else lines_over(cfg.x, cfg.line, groups, comparison)
+    curves = metric_lines(groups, list(cfg.curves), histories, cfg.curves_window, cfg.confidence, notes)
+    colours = _colours(curves, pictures, cfg.baseline, notes)
+    if cfg.curves:
+        comparison["curves"] = {"metrics": list(cfg.curves), "window": cfg.curves_window, "drawn": list(colours)}
+    if cfg.final:
+        comparison["final"] = first_and_last(
+            groups, list(cfg.final), histories, cfg.final_steps, cfg.confidence, notes
+        )  # fmt: skip
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
     written = ["table.md", "comparison.json", "comparison.png"]
     if cfg.x is not None:
         line_figure(lines, output / "line.png", comparison["title"], cfg.x, measure_name(cfg.headline), cfg.confidence)
         written.append("line.png")
+    if cfg.curves:
+        write_numbers(curves, output / "curves.csv")
+        curves_figure(
+            list(cfg.curves), curves, colours, output / "curves.png", comparison["title"], cfg.curves_window,
+            cfg.confidence,
+        )  # fmt: skip
+        written += ["curves.png", "curves.csv"]
     comparison_figure(
         pictures, output / "comparison.png", comparison["title"], measure_name(cfg.headline), cfg.baseline,
         cfg.confidence,
@@ -162,18 +189,13 @@ def _weights(groups: Sequence[Group], label: str) -> str | None:
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
-def picture(one: Group, cell: Mapping[str, Any], headline: str, kept: str, notes: list[str]) -> CellPicture:
-    """What the figure shows of a cell; the curve of a run without ``metrics.jsonl`` is missing, and a note says so."""
+def picture(one: Group, cell: Mapping[str, Any], headline: str, kept: str, histories: Histories) -> CellPicture:
+    """What the figure shows of a cell; a run without ``metrics.jsonl`` has no curve."""
     curves = []
     for run in one.runs.values():
-        try:
-            rows = read_jsonl(run.folder / "metrics.jsonl")
-        except FileNotFoundError:
-            notes.append(f"{run.folder} has no metrics.jsonl: its learning curve is missing.")
-            continue
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        points = [(row.get("train/sampled_tokens"), row.get("reward/accuracy")) for row in rows]
+        points = [
+            (row.get("train/sampled_tokens"), row.get("reward/accuracy")) for row in histories.get(run.folder, [])
+        ]
         curves.append([(float(x), float(y)) for x, y in points if x is not None and y is not None and math.isfinite(y)])
     return CellPicture(
         label=cell["label"],
@@ -185,6 +207,18 @@ def picture(one: Group, cell: Mapping[str, Any], headline: str, kept: str, notes
         kept_seeds=[share(rows) for rows in one.cell(kept).values()] if kept in cell["after"] else [],
         curves=[curve for curve in curves if curve],
     )
+
+
+def _colours(
+    curves: Sequence[Line], pictures: Sequence[CellPicture], baseline: str | None, notes: list[str]
+) -> dict[str, str]:
+    """The cells that ``curves.png`` draws and their colours; a note names those that would be too many."""
+    having = [cell for cell in pictures if cell.label in {line.cell for line in curves}]
+    drawn = [cell.label for cell in best_cells(having, baseline)]
+    if len(drawn) < len(having):
+        rest = ", ".join(cell.label for cell in having if cell.label not in drawn)
+        notes.append(f"curves.png: the {len(drawn)} cells that can be told apart; only in curves.csv: {rest}.")
+    return line_colours(drawn, curve_colours(pictures, baseline))
 
 
 def lines_over(

@@ -64,8 +64,8 @@ def comparison_figure(
     if not cells:
         raise ValueError("nothing to draw: no cells")
     shown = curve_cells(cells, baseline)
-    colours = {c.label: COLOURS[i] for i, c in enumerate([c for c in shown if c.label != baseline])}
-    colours = {c.label: BASELINE if c.label == baseline else colours.get(c.label, REST) for c in cells}
+    known = curve_colours(cells, baseline)
+    colours = {c.label: known.get(c.label, BASELINE if c.label == baseline else REST) for c in cells}
     kept = any(c.kept is not None for c in cells)
     widths = [6.4, *([4.2] if kept else []), *([6.4] if shown else [])]
     height = max(5.4, 2.2 + 0.46 * len(cells))
@@ -86,17 +86,28 @@ def comparison_figure(
             panels[-1].set_title(f"right answers in training{note}", loc="left")
         figure.legend(handles=_legend(confidence, baseline, kept), loc="outside lower left", ncols=5, fontsize=_SMALL)
 
-    return _save(draw, path, title, (sum(widths) + 1.5, height))
+    return save_figure(draw, path, title, (sum(widths) + 1.5, height))
 
 
 def curve_cells(cells: Sequence[CellPicture], baseline: str | None) -> list[CellPicture]:
     """The cells whose curves are drawn, in their order: the baseline, and the highest headlines beside it."""
     # A cell that samples nothing has no curve over sampled tokens.
-    able = [c for c in cells if any(tokens > 0 for curve in c.curves for tokens, _ in curve)]
-    best = sorted(able, key=lambda c: (c.label != baseline, -c.after.value))
+    return best_cells([c for c in cells if any(x > 0 for curve in c.curves for x, _ in curve)], baseline)
+
+
+def best_cells(cells: Sequence[CellPicture], baseline: str | None) -> list[CellPicture]:
+    """As many as can be told apart as curves, in their order: the baseline, and the highest headlines beside it."""
+    best = sorted(cells, key=lambda c: (c.label != baseline, -c.after.value))
     # One colour is the baseline's alone.
     chosen = {c.label for c in best[: CURVES if best and best[0].label == baseline else CURVES - 1]}
-    return [c for c in able if c.label in chosen]
+    return [c for c in cells if c.label in chosen]
+
+
+def curve_colours(cells: Sequence[CellPicture], baseline: str | None) -> dict[str, str]:
+    """The colour of the baseline and of each cell whose curve is drawn, by label."""
+    others = [c for c in curve_cells(cells, baseline) if c.label != baseline]
+    found = {c.label: BASELINE for c in cells if c.label == baseline}
+    return found | {c.label: COLOURS[i] for i, c in enumerate(others)}
 
 
 def draw_rows(
@@ -251,10 +262,11 @@ def line_figure(
         axes.set_axisbelow(True)
         label_ends(axes, ends, height)
 
-    return _save(draw, path, title, (10.5, height))
+    return save_figure(draw, path, title, (10.5, height))
 
 
-def _save(draw: Any, path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Path:
+def save_figure(draw: Any, path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Path:
+    """What ``draw(figure)`` draws under ``title``, ``size`` in inches: a PNG at ``path`` and an SVG beside it."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no global state, and always the Agg canvas for PNG
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core_torl.tracking.estimate import Interval, percent
+from core_torl.tracking.metrics import SHARE, find
 
 NONE = "–"
 KEPT = "mastered kept (%)"
@@ -107,12 +108,55 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def final_table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The metrics of ``final``: two columns each, at the beginning and at the end, and a row for each cell."""
+    metrics = comparison["final"]["metrics"]
+    heads, rows = ["cell"], [[cell["label"]] for cell in comparison["cells"]]
+    for name, cells in metrics.items():
+        known = find(name)
+        unit = "" if known is None or known.unit in ("1", "count") else f" ({known.unit})"
+        share = known is not None and known.unit == SHARE
+        heads += [f"{name}{' (%)' if share else unit} {end}" for end in ("first", "last")]
+        of_cell = {one["cell"]: one for one in cells}
+        for row in rows:
+            row += [shown(of_cell[row[0]][end]) if share else plain(of_cell[row[0]][end]) for end in ("first", "last")]
+    return heads, rows
+
+
+def final_legend(comparison: Mapping[str, Any]) -> str:
+    """What a reader must know about ``final_table``."""
+    return (
+        f"First and last: means over the first and the last {comparison['final']['steps']} RL steps of each run, then "
+        f"over seeds, with the {100 * comparison['confidence']:g} % t-interval over seeds where there are two or more."
+    )
+
+
+def plain(estimate: Interval | None) -> str:
+    """Three digits of a number that is no share, with its interval where there is one."""
+    if estimate is None:
+        return NONE
+
+    def digits(value: float) -> str:
+        if 1000 <= abs(value) < 1e9:
+            return f"{value:,.0f}"
+        # Zeros at the end of 0.000100 would not say more.
+        return f"{value:#.3g}".rstrip(".") if abs(value) >= 0.001 else f"{value:.3g}"
+
+    ends = "" if math.isnan(estimate.low) else f" [{digits(estimate.low)}, {digits(estimate.high)}]"
+    return f"{digits(estimate.value)}{ends}"
+
+
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The whole ``table.md``: title, table, legend, notes and the runs that are not in it."""
     heads, rows = table(comparison)
     lines = [f"# {comparison['title']}", ""]
     lines += [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1)), *(_line(row) for row in rows), ""]
     lines += legend(comparison)
+    if "final" in comparison:
+        heads, rows = final_table(comparison)
+        lines += ["", "## Training metrics, first and last", ""]
+        lines += [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1)), *(_line(row) for row in rows), ""]
+        lines.append(final_legend(comparison))
     for name, items in (("Notes", comparison["notes"]), ("Not in the table", absent(comparison))):
         if items:
             lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
@@ -120,7 +164,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 
 
 def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """The same for a terminal, in two tables that are narrow enough for one: accuracies, then everything else."""
+    """The same for a terminal, in tables that are narrow enough for one: accuracies, everything else, metrics."""
     heads, rows = table(comparison)
     accuracies = [i for i, head in enumerate(heads) if head.endswith("accuracy (%)")]
     found = []
@@ -137,6 +181,17 @@ def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
         for row in rows:
             result.add_row(*(Text(row[i]) for i in (0, *columns)))  # plain Text: brackets are no markup here
         found.append(result)
+    if "final" in comparison:
+        heads, rows = final_table(comparison)
+        # A table for each metric: all of them side by side would not fit.
+        for first in range(1, len(heads), 2):
+            result = Table(title=heads[first].removesuffix(" first"), title_justify="left")
+            result.add_column("cell", overflow="fold")
+            for end in ("first", "last"):
+                result.add_column(f"{end} {comparison['final']['steps']} steps", justify="right")
+            for row in rows:
+                result.add_row(*(Text(text) for text in (row[0], row[first], row[first + 1])))
+            found.append(result)
     return found
 
 

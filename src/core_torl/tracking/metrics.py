@@ -106,6 +106,36 @@ _CORE = (
         "that norm over the sum of itself and that of the policy loss's gradient",
     ),
 )
+_TOOL = (
+    Metric("tool/code_ratio", SHARE, "answers with a closed python block"),
+    Metric("tool/call_ratio", SHARE, "answers that had a program run"),
+    Metric("tool/calls_per_response", "runs/answer", "programs run for an answer, on average"),
+    Metric("tool/pass_ratio", SHARE, "programs run that ended without an error"),
+    Metric("tool/pass_ratio_correct", SHARE, "programs run that ended without an error, in right answers"),
+    Metric("tool/pass_ratio_incorrect", SHARE, "programs run that ended without an error, in answers not right"),
+    Metric("tool/executed_ratio", "runs/block", "programs run over python blocks written"),
+    Metric("tool/before_answer_ratio", SHARE, "python blocks before the box that counts, in answers that have both"),
+    Metric("tool/effective_ratio", SHARE, "right answers whose box stands in the output of their last good run"),
+    Metric("tool/hallucinated_output_ratio", SHARE, "answers with an output block that no run has answered"),
+    Metric("tool/budget_exhausted_ratio", SHARE, "answers that used every call of their budget"),
+    Metric("tool/time_limit_ratio", SHARE, "programs run that were stopped at their time limit"),
+    Metric("tool/other_limit_ratio", SHARE, "programs run that were stopped at their memory or output limit"),
+    Metric(
+        "tool/lost_name_ratio",
+        SHARE,
+        "programs run that failed for a name which an earlier program of the answer had bound",
+    ),
+    Metric("tool/infrastructure_ratio", SHARE, "calls that failed with the sandbox, after its retries"),
+    Metric("tool/aborted_ratio", SHARE, "answers given up for that reason: not shown, not scored, not trained"),
+    Metric("tool/observation_tokens", "tokens", "tokens of observations in an answer, on average"),
+    Metric("tool/trainable_fraction", SHARE, "tokens of answers that the policy drew itself"),
+    Metric("tool/void_turn_ratio", SHARE, "turns with neither a closed python block nor a box"),
+    Metric("tool/self_correction_ratio", SHARE, "answers that are right after a failed run and a later good one"),
+    Metric("tool/cross_check_ratio", SHARE, "answers with a box before a good run"),
+    Metric("tool/revision_ratio", SHARE, "answers whose last box differs from one before an observation"),
+    Metric("tool/latency_p50_s", SECOND, "median time of a program on the clock; of ranks, the largest"),
+    Metric("tool/latency_p95_s", SECOND, "95th percentile of a program's time on the clock; of ranks, the largest"),
+)
 _TIME = (
     Metric("time/step_s", SECOND, "wall time of the whole RL step, logging and callbacks aside"),
     Metric("time/sample_s", SECOND, "wall time of sampling, tools included"),
@@ -131,10 +161,15 @@ _EVAL_MEASURES = (
     ("unparsed", SHARE, "answers from which nothing could be read"),
     ("truncated", SHARE, "answers cut by the token limit"),
     ("excluded", SHARE, "answers that could not be judged (timeouts, errors)"),
+    ("code_ratio", SHARE, "answers with a closed python block; this and the next four with tools only"),
+    ("pass_ratio", SHARE, "programs run that ended without an error"),
+    ("executed_ratio", "runs/block", "programs run over python blocks written"),
+    ("calls_per_response", "runs/answer", "programs run for an answer, on average"),
+    ("hallucinated_output_ratio", SHARE, "answers with an output block that no run has answered"),
 )
 _EVAL = tuple(Metric(f"eval/{{set}}/{{protocol}}/{measure}", unit, text) for measure, unit, text in _EVAL_MEASURES)
 
-_ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_CORE, *_TIME, *_EVAL)
+_ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_CORE, *_TOOL, *_TIME, *_EVAL)
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 

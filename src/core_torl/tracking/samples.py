@@ -31,7 +31,7 @@ def sample_row(trajectory: Trajectory) -> dict[str, Any]:
         "outcome": score.outcome if score else "",
         "finish": trajectory.sample.finish,
         "tokens": len(trajectory.token_ids),
-        "answer": trajectory.text,
+        "answer": trajectory.transcript,
     }
 
 

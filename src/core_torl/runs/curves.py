@@ -1,0 +1,204 @@
+"""Metrics over the RL steps of finished runs: a curve for each cell, and where it began against where it ended.
+
+Everything comes from the runs' ``metrics.jsonl``. A run is smoothed first and averaged with the other seeds afterwards,
+so that the spread between seeds is that of smoothed runs. A mean is taken only where every seed of the cell that has
+the metric has a value: a seed that drops out of a mean would show as a step in it. What a reader would not expect of
+this becomes a note.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core_torl.config.errors import UserError
+from core_torl.evaluation.statistics import Estimate, t_mean
+from core_torl.runs.finished import Group
+from core_torl.tracking.curves import BAND_FROM, Line
+from core_torl.tracking.figures import series
+from core_torl.tracking.metrics import SHARE, STEP, find
+from core_torl.tracking.mirror import read_jsonl
+
+Histories = Mapping[Path, Sequence[Mapping[str, Any]]]  # folder of a run -> its logged rows
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_histories(groups: Sequence[Group], notes: list[str]) -> Histories:
+    """The rows of every run; a run without ``metrics.jsonl`` is missing, and a note says so."""
+    found = {}
+    for one in groups:
+        for run in one.runs.values():
+            try:
+                found[run.folder] = read_jsonl(run.folder / "metrics.jsonl")
+            except FileNotFoundError:
+                notes.append(f"{run.folder} has no metrics.jsonl: its learning curve is missing.")
+            except ValueError as error:
+                raise UserError(str(error)) from error
+    return found
+
+
+def check_metrics(key: str, names: Sequence[str], histories: Histories) -> None:
+    """UserError for the first of ``names`` that no run has a number for; ``key`` is where the name was given."""
+    there: set[str] = set()
+    for rows in histories.values():
+        for row in rows:
+            there |= {k for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+    there.discard(STEP)  # the axis itself
+    for name in names:
+        if name not in there:
+            near = difflib.get_close_matches(name, sorted(there), n=1, cutoff=0.0)
+            hint = f"the nearest that there is: {near[0]!r}" if near else "no run has logged anything"
+            raise UserError(f"{key}: no run has a number for the metric {name!r}; {hint}")
+
+
+def values_of(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
+    """RL step -> value, finite ones only; the last one counts where a step was logged twice."""
+    return {int(step): value for step, value in zip(*series(rows, name), strict=True)}
+
+
+def _of_seeds(one: Group, name: str, histories: Histories) -> dict[int, dict[int, float]]:
+    """seed -> RL step -> value, of the runs that have the metric."""
+    found = {seed: values_of(histories.get(run.folder, []), name) for seed, run in sorted(one.runs.items())}
+    return {seed: values for seed, values in found.items() if values}
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+def smooth(values: Mapping[int, float], window: int, steps: Iterable[int]) -> dict[int, float]:
+    """At each of ``steps``, the mean of the values in the ``window`` of RL steps around it (odd, cut at the ends).
+
+    A step whose window holds no value stays out, and so does one before the first value or after the last: a run that
+    has ended is not drawn on.
+    """
+    half, found = window // 2, {}
+    for step in steps:
+        near = [values[k] for k in range(step - half, step + half + 1) if k in values]
+        if near and min(values) <= step <= max(values):
+            found[step] = math.fsum(near) / len(near)
+    return found
+
+
+def cell_lines(one: Group, name: str, histories: Histories, window: int, confidence: float) -> list[Line]:
+    """The mean over seeds where a band can be drawn around it, otherwise a line for each seed; [] without values."""
+    seeds = _of_seeds(one, name, histories)
+    # Some metrics have a value in few steps, others in each run: a seed counts where its window reaches one.
+    every = sorted({step for values in seeds.values() for step in values})
+    curves = {seed: smooth(values, window, every) for seed, values in seeds.items()}
+    common = [step for step in every if all(step in curve for curve in curves.values())]
+    if len(curves) >= BAND_FROM and common:
+        points = [(step, seed_mean(name, [c[step] for c in curves.values()], confidence)) for step in common]
+        return [Line(name, one.label, None, len(curves), points)]
+    return [
+        Line(name, one.label, seed, 1, [(step, seed_mean(name, [value], confidence)) for step, value in curve.items()])
+        for seed, curve in curves.items()
+    ]
+
+
+def metric_lines(
+    groups: Sequence[Group], names: Sequence[str], histories: Histories, window: int, confidence: float,
+    notes: list[str],
+) -> list[Line]:  # fmt: skip
+    """All lines of the picture, by metric and cell. UserError for a metric that no run has."""
+    check_metrics("curves", names, histories)
+    found: list[Line] = []
+    for name in names:
+        for one in groups:
+            own = cell_lines(one, name, histories, window, confidence)
+            if own and own[0].seed is not None and len(own) >= BAND_FROM:
+                notes.append(f"curves: {one.label} has no RL step with {name} in all its runs: no mean of it.")
+            found += own
+    for one in groups:
+        ends = {seed: _last_step(histories[run.folder]) for seed, run in one.runs.items() if run.folder in histories}
+        if len(ends) >= BAND_FROM and min(ends.values()) < max(ends.values()):
+            notes.append(
+                f"curves: the runs of {one.label} end between RL steps {min(ends.values())} and {max(ends.values())}; "
+                "means end with the first of them."
+            )
+    _note_gaps("curves", groups, names, histories, notes)
+    return found
+
+
+# ---- first and last ----------------------------------------------------------------------------------------------
+
+
+def first_and_last(
+    groups: Sequence[Group], names: Sequence[str], histories: Histories, steps: int, confidence: float,
+    notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Means over the first and over the last ``steps`` RL steps of each run, then over seeds.
+
+    A value from before training, at step 0, belongs to neither. UserError for a metric that no run has.
+    """
+    check_metrics("final", names, histories)
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        metrics[name] = []
+        for one in groups:
+            seeds = {
+                seed: _ends(values, _last_step(histories[one.runs[seed].folder]), steps)
+                for seed, values in _of_seeds(one, name, histories).items()
+            }
+            row: dict[str, Any] = {"cell": one.label}
+            for place, end in enumerate(("first", "last")):
+                known = [both[place] for both in seeds.values()]
+                known = [value for value in known if value is not None]
+                row[end] = seed_mean(name, known, confidence) if known else None
+                if 0 < len(known) < len(seeds):
+                    notes.append(f"final: {name} has no value in the {end} {steps} steps of some runs of {one.label}.")
+            row["runs"] = {seed: {"first": first, "last": last} for seed, (first, last) in seeds.items()}
+            metrics[name].append(row)
+    short = [
+        one.label
+        for one in groups
+        if any(_last_step(histories[run.folder]) < 2 * steps for run in one.runs.values() if run.folder in histories)
+    ]
+    if short:
+        notes.append(f"final: first and last {steps} RL steps have steps in common in {', '.join(short)}.")
+    _note_gaps("final", groups, names, histories, notes)
+    return {"steps": steps, "metrics": metrics}
+
+
+def _ends(values: Mapping[int, float], last: int, steps: int) -> tuple[float | None, float | None]:
+    """Mean over RL steps 1 to ``steps``, and over as many up to ``last``; None where a stretch has no value."""
+    stretches = (range(1, steps + 1), range(max(1, last - steps + 1), last + 1))
+    found = [[values[step] for step in stretch if step in values] for stretch in stretches]
+    first, second = (math.fsum(known) / len(known) if known else None for known in found)
+    return first, second
+
+
+# ---- small things ------------------------------------------------------------------------------------------------
+
+
+def seed_mean(name: str, values: Sequence[float], confidence: float) -> Estimate:
+    """Mean over seeds with its t-interval, which for a share ends at 0 and 1."""
+    found, known = t_mean(values, confidence), find(name)
+    if known is None or known.unit != SHARE or not math.isfinite(found.low):
+        return found
+    return dataclasses.replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def _last_step(rows: Sequence[Mapping[str, Any]]) -> int:
+    return int(max((row[STEP] for row in rows if STEP in row), default=0))
+
+
+def _note_gaps(key: str, groups: Sequence[Group], names: Sequence[str], histories: Histories, notes: list[str]) -> None:
+    """Cells that lack a metric, runs that lack one which others of their cell have, values that are no numbers."""
+    for name in names:
+        lacking = [one.label for one in groups if not _of_seeds(one, name, histories)]
+        if lacking:
+            notes.append(f"{key}: no {name} in {', '.join(lacking)}.")
+        for one in groups:
+            have, runs = len(_of_seeds(one, name, histories)), len(one.runs)
+            if 0 < have < runs:
+                notes.append(f"{key}: {name} is in {have} of the {runs} runs of {one.label} only.")
+            rows = [row for run in one.runs.values() for row in histories.get(run.folder, [])]
+            odd = sum(isinstance(v := row.get(name), float) and not math.isfinite(v) for row in rows)
+            if odd:
+                notes.append(f"{key}: {odd} values of {name} in {one.label} are nan or infinite, and left out.")

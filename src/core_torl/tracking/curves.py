@@ -1,0 +1,174 @@
+"""Metrics over the RL steps, a small panel for each: ``curves.png``, and ``curves.csv`` with the numbers drawn in it.
+
+A line is a cell: the mean over its seeds with the t-interval of that mean as a band. An interval from one or two seeds
+would be made of nearly nothing, so such a cell shows its seeds themselves, as thin lines. A cell has the colour that it
+has in ``comparison.png``. Shares are drawn in percent; the file holds them as they were logged, from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core_torl.tracking.comparison_figures import COLOURS, DARK, save_figure
+from core_torl.tracking.estimate import Estimate
+from core_torl.tracking.metrics import SHARE, find
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = ("metric", "cell", "seed", "step", "mean", "low", "high", "seeds")  # of curves.csv
+BAND_FROM = 3  # seeds that a band needs
+WIDTH = 11.0  # inches of the picture, 1210 pixels
+_UNITS = {"s": "seconds", "count": "number", "1": ""}
+_SMALL = 11.5  # points
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of one panel: the mean over the ``seeds`` of a cell, or with ``seed`` that run alone.
+
+    ``points`` are (RL step, value) in ascending order; the values of a lone run have no interval, its ends are nan.
+    """
+
+    metric: str
+    cell: str
+    seed: int | None
+    seeds: int
+    points: Sequence[tuple[int, Estimate]]
+
+
+def write_numbers(lines: Sequence[Line], path: str | os.PathLike[str]) -> Path:
+    """All points as CSV, in the metric's own unit; ``seed`` is empty for a mean, ``low`` and ``high`` for a lone run.
+
+    Numbers are written in full, so that the picture can be made from the file.
+    """
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        for line in lines:
+            for step, estimate in line.points:
+                ends = [repr(end) if math.isfinite(end) else "" for end in (estimate.low, estimate.high)]
+                seed = "" if line.seed is None else line.seed
+                rows.writerow([line.metric, line.cell, seed, step, repr(estimate.value), *ends, line.seeds])
+    return Path(path)
+
+
+def line_colours(cells: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
+    """The colour of each cell to draw: that of ``known``; a cell without one gets a colour that no other cell has."""
+    found = {cell: known[cell] for cell in cells if cell in known}
+    free = [colour for colour in COLOURS if colour not in found.values()]
+    missing = [cell for cell in cells if cell not in found]
+    found |= {cell: (free or COLOURS)[i % len(free or COLOURS)] for i, cell in enumerate(missing)}
+    return {cell: found[cell] for cell in cells}
+
+
+def curves_figure(
+    metrics: Sequence[str],
+    lines: Sequence[Line],
+    colours: Mapping[str, str],
+    path: str | os.PathLike[str],
+    title: str,
+    window: int = 1,
+    confidence: float = 0.95,
+) -> Path:
+    """Draw the cells of ``colours``, a panel for each of ``metrics``, to a PNG at ``path`` and an SVG beside it.
+
+    ``window`` is how many RL steps of a run a point was averaged over. Raises ValueError if there is nothing to draw or
+    ``path`` does not end in ``.png``.
+    """
+    lines = [line for line in lines if line.cell in colours and line.points]
+    if not metrics or not lines:
+        raise ValueError("nothing to draw: no lines")
+    columns = min(2, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    entries = _legend(lines, colours, confidence)
+    legend_columns = max(1, int(10.5 * WIDTH) // (max(len(entry.get_label()) for entry in entries) + 7))
+    legend_rows = math.ceil(len(entries) / legend_columns)
+    height = 0.8 + (4.2 if columns == 1 else 3.4) * rows + 0.27 * legend_rows
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for place, axes in enumerate(panels.flat):
+            if place >= len(metrics):
+                axes.remove()
+                continue
+            own = [line for line in lines if line.metric == metrics[place]]
+            draw_panel(axes, metrics[place], own, colours, 92 if columns == 1 else 42)
+            # Below the last panel of each column, which is not in the last row where their number is odd.
+            if place + columns >= len(metrics):
+                axes.set_xlabel("RL step" + (f" (moving average of {window} steps in each run)" if window > 1 else ""))
+                axes.tick_params(labelbottom=True)
+        figure.legend(handles=entries, loc="outside lower left", ncols=legend_columns, fontsize=_SMALL)
+
+    return save_figure(draw, path, title, (WIDTH, height))
+
+
+def draw_panel(axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[str, str], wide: int) -> None:
+    """One metric: what it says above the panel in at most two lines of ``wide`` letters, and its name below that."""
+    from matplotlib.ticker import MaxNLocator
+
+    known = find(metric)
+    scale = 100.0 if known is not None and known.unit == SHARE else 1.0
+    for line in lines:
+        steps = [step for step, _ in line.points]
+        colour, values = colours[line.cell], [scale * e.value for _, e in line.points]
+        # Where values are rare it shows which points of the line are measured.
+        rare = 2 * len(steps) <= steps[-1] - steps[0] or len(steps) == 1
+        thin = line.seed is not None
+        axes.plot(
+            steps, values, color=colour, linewidth=1.0 if thin else 2.0, alpha=0.85 if thin else 1.0,
+            marker="o" if rare else None, markersize=2.5 if thin else 4, label=line.cell,
+        )  # fmt: skip
+        low, high = [scale * e.low for _, e in line.points], [scale * e.high for _, e in line.points]
+        if not thin:
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    cells, all_cells = {line.cell for line in lines}, set(colours)
+    some = f" ({len(cells)} of {len(all_cells)} cells)" if cells < all_cells else ""
+    heading = metric if known is None else _heading(known.meaning, wide)
+    if known is not None or some:
+        axes.annotate(
+            f"{metric}{some}" if known is not None else some.strip(), (0, 1), xytext=(0, 5), color=DARK,
+            xycoords="axes fraction", textcoords="offset points", fontsize=_SMALL,
+        )  # fmt: skip
+    axes.set_title(heading, loc="left", fontsize=13, pad=24 if known is not None or some else 6)
+    if known is not None:
+        axes.set_ylabel("share (%)" if scale > 1 else _UNITS.get(known.unit, known.unit))
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+
+
+def _heading(meaning: str, wide: int) -> str:
+    """The glossary's words up to what it adds after a semicolon or a colon, in two lines at most."""
+    short = meaning.split("; ")[0].split(": ")[0]
+    return "\n".join(textwrap.wrap(short, wide, max_lines=2, placeholder=" …"))
+
+
+def _legend(lines: Sequence[Line], colours: Mapping[str, str], confidence: float) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    drawn = {line.cell for line in lines}
+    means = {line.cell for line in lines if line.seed is None}
+    found: list[Any] = [
+        Line2D([], [], color=colour, linewidth=2.0 if cell in means else 1.0, label=cell)
+        for cell, colour in colours.items()
+        if cell in drawn
+    ]
+    if means:
+        level = f"{100 * confidence:g} %"
+        words = f"band: {level} t-interval of the mean over seeds"
+        found.append(Patch(color=DARK, alpha=0.25, linewidth=0, label=words))
+    if any(line.seed is not None for line in lines):
+        words = f"thin line: one seed (no mean of fewer than {BAND_FROM})"
+        found.append(Line2D([], [], color=DARK, linewidth=1.0, label=words))
+    return found
