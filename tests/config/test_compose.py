@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 # Groups whose files change keys of any group.
-GLOBAL = ("ablation", "debug", "experiment")
+GLOBAL = ("ablation", "debug", "experiment", "world")
+# The front door of a group that ``train`` does not have.
+DOORS = {"world": "warm_start"}
 # Pieces that options of the group above include; nobody chooses them.
 PIECES = ("common",)
 
@@ -34,6 +36,9 @@ OPTIONS = [choice(f) for f in FILES if f.parent != Path() and f.parts[0] != "loc
 COMPANY: dict[tuple[str, ...], list[str]] = {
     ("report",): ["runs=outputs"],
     ("data", "core_quizzes"): ["data.path=quizzes.jsonl"],
+    ("data", "torl"): ["data.path=train.parquet"],
+    ("experiment", "torl_1_5b"): ["data.path=train.parquet"],
+    ("experiment", "torl_7b"): ["data.path=train.parquet"],
     ("model", "hf"): ["model.path=some/model"],
     ("variant", "sft"): ["objective=likelihood", "group_size=1"],
     ("objective", "likelihood"): ["variant=sft", "group_size=1"],
@@ -68,8 +73,9 @@ def test_every_file_at_the_top_belongs_to_a_front_door():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: str(x))
 def test_an_option_composes_and_passes_the_checks(group: str, option: str):
-    cfg = composed("train", f"{group}={option}", *COMPANY.get((group, option), []))
-    check_train(cfg)
+    door = DOORS.get(group, "train")
+    cfg = composed(door, f"{group}={option}", *COMPANY.get((group, option), []))
+    CHECKS[door](cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     # An evaluation runs in one process and says so: see test_checks.py.
     if group in ("reward", "sampler", "model", "data", "evaluation", "trainer", "logger", "paths") and option != "ddp":
@@ -111,7 +117,8 @@ def test_a_global_file_only_overrides_keys_that_exist(file: Path):
     assert isinstance(raw, dict)
     changed = [str(d) for d in raw.pop("defaults", []) if isinstance(d, str)]
     assert "_self_" not in changed, "what a file says comes after its defaults anyway"
-    cfg = composed("train", "{}={}".format(*choice(file)))
+    group, option = choice(file)
+    cfg = composed(DOORS.get(group, "train"), f"{group}={option}")
 
     def missing(node: dict, path: str) -> list[str]:
         found = []
@@ -236,3 +243,26 @@ def test_types_come_from_the_schema():
     assert cfg.variant.lr == 1.0 and isinstance(cfg.variant.lr, float)
     assert cfg.variant.minibatch_size is None
     assert cfg.sampler.max_new_tokens == cfg.model.max_new_tokens
+
+
+@pytest.mark.parametrize(("experiment", "steps"), [("torl_1_5b", 1000), ("torl_7b", 500)])
+def test_torls_experiments_hold_the_papers_settings(experiment: str, steps: int):
+    cfg = composed("train", f"experiment={experiment}", "data.path=train.parquet")
+    check_train(cfg)
+    targets = {group: cfg[group]._target_.rpartition(".")[2] for group in ("variant", "reward", "data", "objective")}
+    assert targets == {"variant": "ToRL", "reward": "TorlReward", "data": "TorlProblems", "objective": "GRPO"}
+    assert (cfg.rl_steps, cfg.prompts_per_step, cfg.group_size, cfg.evaluate_every) == (steps, 128, 16, 4)
+    v, o = cfg.variant, cfg.objective
+    assert (v.tool_call_budget, v.minibatch_size, v.update_epochs, v.warmup_steps) == (1, None, 1, 0)
+    assert (v.lr, list(v.betas), v.weight_decay, v.grad_clip) == (1e-6, [0.9, 0.999], 0.01, 1.0)
+    assert (o.clip_low, o.clip_high, o.kl_coef, o.entropy_coef, o.normalize_std) == (0.2, 0.2, 0.0, 0.0, True)
+    assert (cfg.reward.correct, cfg.reward.incorrect, cfg.reward.executability) == (1.0, -1.0, 0.0)
+    assert (cfg.sampler.temperature, cfg.sampler.top_p, cfg.sampler.top_k) == (1.0, 1.0, 0)
+    assert (cfg.model.max_prompt_tokens, cfg.sampler.max_new_tokens, cfg.model.dtype) == (390, 3072, "float32")
+    assert cfg.model.path == f"Qwen/Qwen2.5-Math-{'7B' if experiment == 'torl_7b' else '1.5B'}"
+    assert cfg.model.prompt == composed("train", "model/prompt=torl_0309").model.prompt
+    assert cfg.evaluation.greedy and cfg.evaluation.samples == cfg.evaluation.permutations == 0
+    assert (cfg.trainer.accelerator, cfg.callbacks.checkpoint_every) == ("cuda", 20)
+    assert (cfg.tool, cfg.sandbox) == tuple(
+        composed("train", "variant=torl", "variant.tool_call_budget=1")[g] for g in ("tool", "sandbox")
+    )

@@ -71,3 +71,24 @@ def test_a_loss_that_is_no_number_stops_the_training(tiny_tokenizer):
             model, itertools.repeat(([1, 5], [0.0, 1])), steps=2, lr=1.0, batch_size=1, warmup_steps=1, decay=False,
             on_step=lambda *_: None,
         )  # fmt: skip
+
+
+def test_tokens_of_short_texts_may_count_like_those_of_long_ones(tiny_tokenizer):
+    """Batches of one length each: by default each batch is a mean, with ``alike`` it is a share of what came so far."""
+    short, long = ([1, 5, 6], [0.0, 1, 1]), ([1, 5, 6, 7, 8, 9, 10, 2], [0.0, 1, 1, 1, 1, 1, 1, 1])
+    first = {}
+    for alike in (False, True):
+        model, losses = build_tiny(tiny_tokenizer, SMALL, 0), []
+        with torch.no_grad():
+            expected = float(text_loss(model, [short])), float(text_loss(model, [long]))
+        texts = itertools.cycle([short, long])
+        warm_start(
+            model, texts, steps=2, lr=0.0, batch_size=1, warmup_steps=1, decay=False, alike=alike,
+            on_step=lambda step, loss, _, losses=losses: losses.append(loss),
+        )  # fmt: skip
+        first[alike] = losses
+        if not alike:
+            assert all(loss == pytest.approx(expected[0]) or loss == pytest.approx(expected[1]) for loss in losses)
+            sizes = [2 if loss == pytest.approx(expected[0]) else 7 for loss in losses]
+    means = [sizes[0], sum(sizes) / 2]
+    assert first[True] == pytest.approx([loss * n / m for loss, n, m in zip(first[False], sizes, means, strict=True)])

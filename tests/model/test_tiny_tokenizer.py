@@ -74,3 +74,46 @@ def test_it_survives_saving_and_loading(tiny_tokenizer, tmp_path):
 def test_the_same_words_give_the_same_tokens():
     one, two = (build_tokenizer(["a", "trace", "a"]).get_vocab() for _ in range(2))
     assert one == two and set(one.values()) == set(range(len(one)))
+
+
+@pytest.fixture(scope="module")
+def digits_tokenizer():
+    return build_tokenizer(["What", "is", "print("], whole_integers=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text() | st.text(alphabet="What is = print(12-3)\\boxed{}\n-12 \t\r \u00e9\u2211\U0001f600 </s>", max_size=60)
+)
+def test_without_whole_integers_any_text_comes_back_too(digits_tokenizer, text):
+    assume("\u2581" not in text and not re.search(r"<0x[0-9A-F]{2}>|<unk>", text))
+    assert digits_tokenizer.decode(ids(digits_tokenizer, text)) == text
+
+
+@pytest.mark.parametrize("number", ["7", "57", "1071", "104181"])
+def test_without_whole_integers_a_number_has_one_token_a_digit_wherever_it_stands(digits_tokenizer, number):
+    digits = [digits_tokenizer.convert_tokens_to_ids(d) for d in number]
+    for before, after in (("", ""), ("What is ", " ?"), ("print(", ")"), ("\n", "\n"), ("\\boxed{", "}")):
+        found = ids(digits_tokenizer, f"{before}{number}{after}")
+        start = next(i for i in range(len(found)) if found[i : i + len(digits)] == digits)
+        assert digits_tokenizer.decode(found[:start]) == before
+
+
+def test_the_vocabulary_of_the_concept_world_is_what_its_shipped_policy_was_trained_on():
+    from transformers import AutoTokenizer
+
+    from core_torl.data.prompt import PromptTemplate
+    from core_torl.model.load import shipped_folder
+    from core_torl.runs.warming_concept import vocabulary
+
+    folder = shipped_folder("tiny")
+    shipped = AutoTokenizer.from_pretrained(folder)
+    template = PromptTemplate(
+        "plain",
+        "{concept}Question: {question}\n{options}Answer:",
+        "{concept}Question: {question}\nAnswer:",
+        "Definition: {text} .\n",
+        "{letter}. {text}\n",
+    )
+    made = build_tokenizer(vocabulary(template.user_text), max_length=2048)
+    assert len(shipped) == 763 and made.get_vocab() == shipped.get_vocab()

@@ -197,15 +197,20 @@ def test_the_auxiliary_gradient_is_measured_by_itself_before_clipping(make):
     assert not any(name.startswith("core/") for name in fit(make(rl_steps=1)).last_metrics)
 
 
-def test_a_variant_without_a_coach_is_never_asked_to_intervene(make):
-    class Meddler(CoreBase):
+def test_every_variant_may_change_groups_and_only_a_coach_is_timed(make):
+    class Silencer(CoreBase):
         def intervene(self, groups):
-            raise AssertionError("asked")
+            for t in (t for g in groups for t in g.trajectories):
+                t.train_mask = (False,) * len(t.train_mask)
+            return groups
 
-    fit(make(Meddler, rl_steps=1))
-    Meddler.coached = True
-    with pytest.raises(AssertionError, match="asked"):
-        fit(make(Meddler, rl_steps=1))
+    module = make(Silencer, rl_steps=1)
+    before = weights(module)
+    fit(module)
+    assert all(torch.allclose(tensor, before[name], atol=1e-3) for name, tensor in weights(module).items())
+    assert module.last_metrics["policy/grad_norm"] == 0 and "time/intervene_s" not in module.last_metrics
+    Silencer.coached = True
+    assert "time/intervene_s" in fit(make(Silencer, rl_steps=1)).last_metrics
 
 
 def test_lora_trains_and_stores_only_its_adapters(make, problems, tmp_path):

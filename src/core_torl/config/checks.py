@@ -13,6 +13,13 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from core_torl.config.coach_checks import check_coach
 from core_torl.config.errors import UserError, nearest
+from core_torl.config.tool_checks import check_tool, check_tool_variant
+
+# Worlds of a warm start and the kinds of text in their mixtures.
+MIXTURES = {
+    "concept": ("option_drill", "arithmetic", "nonce", "recite", "defined", "mastered", "gap"),
+    "calculation": ("plain", "sound", "mended", "given_up"),
+}
 
 
 def check_train(cfg: DictConfig) -> None:
@@ -35,6 +42,7 @@ def check_train(cfg: DictConfig) -> None:
     check_precision(cfg)
     check_truncated_sampling(cfg)
     check_coach(cfg)
+    check_tool_variant(cfg)
     _check_shared(cfg)
 
 
@@ -58,7 +66,7 @@ def check_warm_start(cfg: DictConfig) -> None:
         raise UserError(f"width={cfg.width}, heads={cfg.heads}: width / heads must be an even number")
     if not 0 <= cfg.gap_epsilon <= 1:
         raise UserError(f"gap_epsilon={cfg.gap_epsilon}: a share between 0 and 1")
-    known = ("option_drill", "arithmetic", "nonce", "recite", "defined", "mastered", "gap")
+    known = MIXTURES[cfg.world]
     for name, share in cfg.mixture.items():
         if name not in known:
             raise UserError(f"mixture: unknown kind of text {name!r}.{nearest(str(name), known)}")
@@ -89,6 +97,14 @@ def check_report(cfg: DictConfig) -> None:
     if not 0 < cfg.confidence < 1:
         raise UserError(f"confidence={cfg.confidence}: a share between 0 and 1, such as 0.95")
     _not_negative(cfg, "seed")
+    for key in ("curves", "final"):
+        if len(set(cfg[key])) < len(cfg[key]):
+            raise UserError(f"{key}={list(cfg[key])}: a metric stands there twice")
+    _positive(cfg, "curves_window", "final_steps")
+    if cfg.curves_window % 2 == 0:
+        raise UserError(
+            f"curves_window={cfg.curves_window}: an odd number, with as many steps before as after; 1: none"
+        )
     if cfg.x is not None:
         if cfg.x.partition("/")[0] not in ("before", "after", "last", "config") or "/" not in cfg.x:
             raise UserError(f"x={cfg.x}: must start with before/, after/, last/ or config/")
@@ -99,6 +115,7 @@ def check_report(cfg: DictConfig) -> None:
 
 
 def _check_shared(cfg: DictConfig) -> None:
+    check_tool(cfg)
     if cfg.trainer.accelerator not in ("cpu", "cuda"):
         raise UserError(f"trainer.accelerator={cfg.trainer.accelerator!r}: use cpu or cuda")
     if cfg.trainer.strategy not in ("auto", "ddp"):

@@ -62,8 +62,11 @@ def batches(texts: Iterator[Weighted], batch_size: int, pool: int = 16) -> Itera
         turn += 1
 
 
-def text_loss(model: LlamaForCausalLM, batch: Sequence[Weighted]) -> Tensor:
-    """Weighted mean cross-entropy over the target tokens. Padding stands to the right, so causality hides it."""
+def text_loss(model: LlamaForCausalLM, batch: Sequence[Weighted], total: float | None = None) -> Tensor:
+    """Weighted mean cross-entropy over the target tokens. Padding stands to the right, so causality hides it.
+
+    ``total`` is what the weighted sum is divided by; None: the batch's own weights.
+    """
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     weights = torch.zeros(len(batch), longest)
@@ -74,7 +77,7 @@ def text_loss(model: LlamaForCausalLM, batch: Sequence[Weighted]) -> Tensor:
     target, weight = ids[:, 1:], weights[:, 1:]
     chosen = weight > 0
     losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), target[chosen], reduction="none")
-    return (losses * weight[chosen]).sum() / weight[chosen].sum()
+    return (losses * weight[chosen]).sum() / (weight[chosen].sum() if total is None else total)
 
 
 def warm_start(
@@ -88,15 +91,21 @@ def warm_start(
     decay: bool,
     on_step: Callable[[int, float, float], None],
     stop_below: float = 0.0,
+    alike: bool = False,
 ) -> int:
     """Supervised training; ``on_step(step, loss, seconds)`` is called after each step. Returns the steps taken.
 
     The learning rate rises over ``warmup_steps`` and, with ``decay``, falls to zero along a cosine. Training ends
     before ``steps`` once the mean loss of the last hundred steps is below ``stop_below``.
+
+    A batch holds texts of like length, and its loss is a mean: tokens of short texts count more than those of long
+    ones. ``alike`` lets all tokens count the same (the sum is divided by the mean weight of the batches so far), so
+    that short texts are learned at their share in the mixture and not above it.
     """
     recent: deque[float] = deque(maxlen=100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream, started, step = batches(texts, batch_size), time.perf_counter(), 0
+    weighed = 0.0
     model.train()
     for step in range(1, steps + 1):
         factor = min(1.0, step / max(1, warmup_steps))
@@ -104,7 +113,9 @@ def warm_start(
             factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
-        loss = text_loss(model, next(stream))
+        batch = next(stream)
+        weighed += sum(sum(weights[1:]) for _, weights in batch)
+        loss = text_loss(model, batch, weighed / step if alike else None)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"warm start: the loss is {loss.item()} at step {step}; lower lr")
         optimizer.zero_grad(set_to_none=True)

@@ -24,15 +24,22 @@ CODE_WORDS = [
 ]  # fmt: skip
 
 
-def build_tokenizer(words: Iterable[str], max_length: int = 1024) -> PreTrainedTokenizerFast:
-    """A tokenizer whose pieces are ``words`` (with and without a space before), integers, boxed letters and bytes."""
+def build_tokenizer(
+    words: Iterable[str], max_length: int = 1024, whole_integers: bool = True
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose pieces are ``words`` (with and without a space before), integers, boxed letters and bytes.
+
+    ``whole_integers=False`` is for worlds with long numbers: every number is then read digit by digit, also behind a
+    space, so that copying it is the same task wherever it stands.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces: dict[str, None] = dict.fromkeys((PAD, BOS, EOS, "<unk>"))
     pieces.update(dict.fromkeys(f"<0x{i:02X}>" for i in range(256)))
     pieces.update(dict.fromkeys(("\n", SPACE)))
     pieces.update(dict.fromkeys(str(d) for d in range(10)))
-    pieces.update(dict.fromkeys(f"{SPACE}{n}" for n in range(-99, 100)))
+    if whole_integers:
+        pieces.update(dict.fromkeys(f"{SPACE}{n}" for n in range(-99, 100)))
     boxed = [f"\\boxed{{{x}}}" for x in "ABCDE"]
     for word in dict.fromkeys([*words, *CODE_WORDS, *boxed, "\\boxed{", "}", "{"]):
         pieces.update(dict.fromkeys((word, SPACE + word)))

@@ -84,8 +84,17 @@ def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
     import torch
 
     torch.set_num_threads(cfg.trainer.threads)
-    policy: Policy = build(cfg.model, device=device_of(cfg))
-    sampler = build(cfg.sampler, policy.model, policy.tokenizer)
+    # Before the weights, because it fails sooner: the sandbox proves itself when it starts.
+    sandbox = start_sandbox(cfg)
+    try:
+        policy: Policy = build(cfg.model, device=device_of(cfg))
+        sampler = build(cfg.sampler, policy.model, policy.tokenizer)
+        if sandbox is not None:
+            sampler = build(cfg.tool, sampler, sandbox, policy.tokenizer)
+    except BaseException:
+        if sandbox is not None:
+            sandbox.close()
+        raise
 
     def encode(problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
         return prepared.template.encode(policy.tokenizer, problem, concept)
@@ -95,6 +104,15 @@ def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
 
     kept = drop_long(prepared.problems, encode, cfg.model.max_prompt_tokens)
     return Parts(kept, prepared.template, prepared.reward, prepared.evaluation, policy, sampler, encode, encode_answer)
+
+
+def start_sandbox(cfg: DictConfig) -> Any | None:
+    """A sandbox that runs programs, None where the policy has no calls. Raises UserError."""
+    if not cfg.tool.call_budget:
+        return None
+    sandbox = build(cfg.sandbox)
+    sandbox.start()
+    return sandbox
 
 
 def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:

@@ -22,6 +22,7 @@ from core_torl.problem import Problem
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, SampleTables
 from core_torl.runs.results import choices, is_main_process, make_tracker, write_results
+from core_torl.runs.transcripts import write_transcripts
 from core_torl.tracking.comparison_table import PRIMED
 from core_torl.tracking.console import make_console, print_config_tree, results_table
 from core_torl.tracking.figures import learning_curves_and_bars
@@ -40,6 +41,8 @@ _FINGERPRINT = (
     "objective",
     "reward",
     "sampler",
+    "tool",
+    "sandbox",
     "model",
     "trigger",
     "intervention",
@@ -58,6 +61,11 @@ _FREE = (
     "first_step_gap",
     "gradient_checkpointing",
     "max_excluded",
+    "max_aborted",
+    "recycle_after",
+    "retries",
+    "url",
+    "concurrency",
     "path",
     "accelerator",
     "devices",
@@ -184,7 +192,8 @@ def finish(
         per_concept=evaluation.per_concept(after), per_concept_before=evaluation.per_concept(before),
         data=parts.problems.report, last=module.last_metrics, run=run,
     )  # fmt: skip
-    written = ["results.json", "results.png", "metrics.jsonl", "checkpoints/"]
+    write_transcripts(output / "transcripts.md", before, after, parts.problems.test)
+    written = ["results.json", "results.png", "transcripts.md", "metrics.jsonl", "checkpoints/"]
     if cfg.export:
         parts.policy.export(output / "policy")
         written.append("policy/ (save_pretrained)")

@@ -82,6 +82,7 @@ class PolicyGradient(pl.LightningModule):
         share_prompts: bool = True,
         first_step_gap: float | None = 1e-4,
         max_excluded: float = 0.5,
+        max_aborted: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -100,7 +101,7 @@ class PolicyGradient(pl.LightningModule):
         self.minibatch_size = minibatch_size or group_size * prompts_per_step
         self.microbatch_size, self.skip_zero_advantage = microbatch_size, skip_zero_advantage
         self.share_prompts = share_prompts
-        self.first_step_gap, self.max_excluded = first_step_gap, max_excluded
+        self.first_step_gap, self.max_excluded, self.max_aborted = first_step_gap, max_excluded, max_aborted
         self.fingerprint, self.augment, self.token_budget = fingerprint, augment, token_budget
         self.rl_step = 0  # completed RL steps
         self.samples_seen = self.tokens_seen = self.updates = 0
@@ -127,18 +128,21 @@ class PolicyGradient(pl.LightningModule):
         torch.manual_seed(stream_seed(self.seed, "step", step, self.global_rank) % 2**63)
         self._now, started = StepMetrics(self.coached), time.perf_counter()
         self._drawn = [0, 0]  # trajectories and tokens sampled in this step, primed ones included
-        self._judging = torch.zeros(2, dtype=torch.float64, device=self.device)  # unjudged ones and all, of all ranks
+        # Of all ranks: trajectories without a score, those that a reward saw, aborted ones, all.
+        self._judging = torch.zeros(4, dtype=torch.float64, device=self.device)
         with self._now.timed("time/sample_s"):
             groups = self.sample(self._problems_of(step))
         with self._now.timed("time/reward_s"):
             self.reward(groups)
         self._now.update(group_metrics(groups))
         self._now.per_second(
-            "rollout/tokens_per_s", sum(len(t.token_ids) for g in groups for t in g.trajectories), "time/sample_s"
+            "rollout/tokens_per_s", sum(sum(t.sample.sampled) for g in groups for t in g.trajectories), "time/sample_s"
         )
         if self.coached:
             with self._now.timed("time/intervene_s"):
                 groups = self.intervene(groups)
+        else:
+            groups = self.intervene(groups)
         token_batch = self.weigh(groups)
         with self._now.timed("time/learn_s"):
             self.learn(token_batch)
@@ -168,33 +172,42 @@ class PolicyGradient(pl.LightningModule):
         """One call of the sampler, counted."""
         groups = self.sampler.generate(requests)
         self._drawn[0] += sum(len(samples) for samples in groups)
-        self._drawn[1] += sum(len(s.token_ids) for samples in groups for s in samples)
+        self._drawn[1] += sum(sum(s.sampled) for samples in groups for s in samples)
         return groups
 
     def trajectory(self, problem: Problem, prompt_ids: tuple[int, ...], sample: Sample) -> Trajectory:
-        """A sampled answer as a trajectory; every token of it was drawn by the policy."""
-        text = self.policy.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
-        return Trajectory(problem, prompt_ids, sample, str(text), (True,) * len(sample.token_ids))
+        """A sampled answer as a trajectory."""
+        return Trajectory.of(problem, prompt_ids, sample, self.policy.decode)
 
     def reward(self, groups: Sequence[Group]) -> None:
-        """Score every trajectory in place. Raises RuntimeError when too many could not be judged."""
-        flat = [t for g in groups for t in g.trajectories]
+        """Score every trajectory in place; one whose sandbox failed gets no score.
+
+        Raises RuntimeError when too many could not be judged, or were lost to the sandbox.
+        """
+        every = [t for g in groups for t in g.trajectories]
+        flat = [t for t in every if not t.aborted]
         for trajectory, score in zip(flat, self._parts["reward"].score(flat), strict=True):
             trajectory.score = score
         unjudged = sum(t.score is None or t.score.value is None for t in flat)
         # Of all ranks: one that stopped alone would leave the others waiting. And of the whole step: two timeouts among
         # two primed answers are no broken reward.
-        self._judging += self._sum_over_ranks(torch.tensor([unjudged, len(flat)]).to(self._judging))
-        excluded = float(self._judging[0] / self._judging[1].clamp(min=1))
-        if excluded > self.max_excluded:
+        counts = torch.tensor([unjudged, len(flat), len(every) - len(flat), len(every)])
+        self._judging += self._sum_over_ranks(counts.to(self._judging))
+        unjudged, judged, aborted, total = self._judging.tolist()
+        if aborted > self.max_aborted * total:
             raise RuntimeError(
-                f"{excluded:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
+                f"{aborted / total:.0%} of the answers of RL step {self.rl_step} were lost because the sandbox failed "
+                f"(variant.max_aborted={self.max_aborted}): mend the sandbox, give it more workers, or lower the load"
+            )
+        if unjudged > self.max_excluded * judged:
+            raise RuntimeError(
+                f"{unjudged / judged:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
                 f"(variant.max_excluded={self.max_excluded}): look at reward/outcome/*, mend the reward or raise "
                 "reward.timeout_s"
             )
 
     def intervene(self, groups: list[Group]) -> list[Group]:
-        """What a coach changes after a failure. Here: nothing."""
+        """What is changed between scoring and learning: a coach adds answers, a filter drops some. Here: nothing."""
         return groups
 
     def weigh(self, groups: Sequence[Group]) -> TokenBatch:

@@ -14,7 +14,10 @@ from core_torl.reward.base import outcome_rates
 from core_torl.trajectory import Group
 
 # Metrics of which ranks report the largest value instead of the mean.
-_LARGEST = ("policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max", "core/replaced_ratio_max")
+_LARGEST = (
+    "policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max", "core/replaced_ratio_max",
+    "tool/latency_p50_s", "tool/latency_p95_s",
+)  # fmt: skip
 
 # What each sum is divided by when the step ends; "total" is not divided.
 _SUMS = {
@@ -69,6 +72,7 @@ class StepMetrics:
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
         self._counts: dict[str, float] = dict.fromkeys(set(_SUMS.values()), 0.0)
         self._plain: dict[str, float] = {"policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0}
+        self._ratios: dict[str, tuple[float, float]] = {}
         self._ratio_gap = 0.0
         if coached:
             self._plain["core/replaced_ratio_max"] = 0.0
@@ -79,6 +83,12 @@ class StepMetrics:
 
     def add(self, name: str, value: float) -> None:
         self._sums[name] += value
+
+    def add_ratios(self, ratios: dict[str, tuple[float, float]]) -> None:
+        """Numerators and denominators that are summed over ranks. Every rank must give the same names."""
+        for name, (part, whole) in ratios.items():
+            before = self._ratios.get(name, (0.0, 0.0))
+            self._ratios[name] = before[0] + part, before[1] + whole
 
     def count(self, denominator: str, value: float) -> None:
         """Add to what the sums with this denominator are divided by."""
@@ -155,11 +165,15 @@ class StepMetrics:
         sums = torch.tensor(
             [self._sums[n] for n in _SUMS] + [self._counts[k] for k in kinds], dtype=torch.float64, device=device
         )
+        pairs_of = torch.tensor(
+            [self._ratios[n] for n in sorted(self._ratios)], dtype=torch.float64, device=device
+        ).reshape(-1, 2)
         names = sorted(self._plain)
         plain = torch.tensor([self._plain[n] for n in names], dtype=torch.float64, device=device)
         largest = plain.clone()
         if ranks > 1:
             torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(pairs_of)
             torch.distributed.all_reduce(plain)
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         totals, counts = sums[: len(_SUMS)].tolist(), dict(zip(kinds, sums[len(_SUMS) :].tolist(), strict=True))
@@ -175,6 +189,12 @@ class StepMetrics:
             elif counts[denominator] or not name.startswith("core/"):
                 # Without a primed answer there is no rate of right ones: such a step has no value, not a zero.
                 result[name] = total / max(1.0, counts[denominator])
+        for name, (part, whole) in zip(sorted(self._ratios), pairs_of.tolist(), strict=True):
+            if whole:  # a step without a single run has no pass ratio
+                result[name] = part / whole
+        for name in ("tool/latency_p50_s", "tool/latency_p95_s"):
+            if result.get(name) == 0:  # nothing was run
+                del result[name]
         if "rollout/tokens_per_s" in result:  # ranks sample side by side
             result["rollout/tokens_per_s"] *= ranks
         if self._coached and not counts["replaced tokens"]:
