@@ -1,5 +1,5 @@
 # Everything in one place: `make help` says what there is. PYTHON chooses the interpreter of the virtual environment,
-# VENV its folder, ARGS what is handed on to the command of `demo`, `test` and `bench`.
+# VENV its folder, ARGS what is handed on to the command of `demo`, `demo-torl`, `test` and `bench`.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -17,7 +17,7 @@ export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bubblewrap demo test lint format bench clean-outputs
+.PHONY: help setup bubblewrap demo demo-torl test lint format bench clean-outputs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,13 @@ demo: $(VENV)/.run  ## train CORE-KL and CORE-Base on concept quizzes, on CPU, a
 	$(BIN)/core-torl-train -cd sweeps -cn demo $(ARGS)
 	$(BIN)/core-torl-report runs=outputs/demo 'by=[variant]' baseline=core_base 'sets=[gap,mastered,gap_primed]' \
 	  title='CORE-KL beside CORE-Base' output=outputs/demo
+
+demo-torl: $(VENV)/.run bubblewrap  ## train ToRL with two calls an answer in the calculation world, and show answers before and after
+	$(BIN)/core-torl-train experiment=torl_demo hydra.run.dir=outputs/demo_torl $(ARGS)
+	@$(BIN)/core-torl-report runs=outputs/demo_torl 'by=[variant]' 'sets=[one_stage,two_stage]' headline=two_stage/greedy/accuracy \
+	  'curves=[reward/accuracy,tool/code_ratio,tool/pass_ratio,tool/calls_per_response]' title='ToRL, two calls an answer' \
+	  output=outputs/demo_torl/report
+	@cat outputs/demo_torl/transcripts.md
 
 # bubblewrap is a program of the system, not a Python package. Nothing fails without it: its tests are then skipped, with
 # the reason, and the sandbox falls back to its second way.
