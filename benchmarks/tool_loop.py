@@ -59,20 +59,16 @@ class RoundLoop(ToolSampler):
     def _session(self, requests, sampling):
         return nullcontext(GenerateSession(self.sampler, requests, sampling))
 
-    def generate(self, requests, sampling=None):
-        from core_torl.tool import tool_sampler
-
-        class Loop(tool_sampler._Loop):
-            def _take_results(self) -> None:
-                while self.waiting:  # every program of the round
-                    row, future = self.results.get()
-                    self._observe(row, future)
-
-        before, tool_sampler._Loop = tool_sampler._Loop, Loop
-        try:
-            return super().generate(requests, sampling)
-        finally:
-            tool_sampler._Loop = before
+    @staticmethod
+    def _take(results, wait: bool) -> None:
+        """``wait`` says that no answer is being generated: the round is over when its last program is."""
+        if not wait:
+            return
+        held = [results.get()]
+        while len(held) < len(held[0][0].waiting):
+            held.append(results.get())
+        for loop, row, future in held:
+            loop.observe(row, future)
 
 
 def policy(seed: int):

@@ -16,7 +16,7 @@ from core_torl.sandbox.pool import ProcessSandbox
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder(tmp_path, monkeypatch):
-    """So that what other processes do in /tmp is not taken for what a sandbox left there."""
+    """A folder that no other test and no other test process uses, for what a sandbox leaves behind to be seen in."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
@@ -32,7 +32,7 @@ KINDS: dict[str, type[ProcessSandbox]] = {
     "locked_forkserver": LockedForkserver,
     "landlock": Landlocked,
 }
-LIMITS = {"workers": 1, "timeout_s": 1.5, "cpu_s": 5.0, "memory_mb": 512, "scratch_mb": 8, "file_mb": 4}
+LIMITS = {"workers": 1, "timeout_s": 1.0, "cpu_s": 5.0, "memory_mb": 512, "scratch_mb": 8, "file_mb": 4}
 
 
 def start(kind: str, **options) -> ProcessSandbox:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sandbox
 @pytest.fixture(scope="module", params=[*KINDS, "sandbox_fusion"])
 def sandbox(request):
     if request.param != "sandbox_fusion":
-        made = start(request.param, workers=2)
+        made = start(request.param, workers=2, timeout_s=1.5)
         yield made
         made.close()
         return
@@ -59,8 +59,13 @@ def test_is_a_sandbox(sandbox):
         ("import os\nos.kill(os.getpid(), 11)", "error", "", None),
         ("import time\nprint('x', flush=True)\ntime.sleep(9)", "time_limit", "x\n", ""),
         ("import sys\nprint(repr(sys.stdin.read()))", "ok", "''\n", ""),
+        ("import sys\nprint(1)\nsys.stdout.close()", "ok", "1\n", ""),
+        ("import sys\nprint(1)\nsys.stdout.flush()\nsys.stdout = None", "ok", "1\n", ""),
+        ("import sys\nprint(1)\nsys.stderr.close()\ndel sys.stderr", "ok", "1\n", ""),
+        ("import sys; sys.exit('MemoryError is what I say')", "error", "", "MemoryError is what I say"),
+        ("raise SystemExit('MemoryError: none left')", "error", "", "MemoryError: none left"),
     ],
-    ids=range(15),
+    ids=range(20),
 )
 def test_endings(sandbox, code, status, stdout, last):
     result = run(sandbox, code)
@@ -132,6 +137,30 @@ def test_a_signal_is_named_on_stderr(locked):
 def test_memory_is_told_from_errors(locked):
     assert run(locked, "x = bytearray(2 << 30)").status == "memory_limit"
     assert run(locked, "try:\n    x = bytearray(2 << 30)\nexcept MemoryError: print('caught')").stdout == "caught\n"
+    assert run(locked, "import numpy\nx = numpy.ones(1 << 28)").status == "memory_limit"
+
+
+@pytest.mark.parametrize(
+    "word", ["MemoryError", "std::bad_alloc", "Cannot allocate memory", "numpy._ArrayMemoryError: x"]
+)
+@pytest.mark.parametrize("end", ["sys.exit(1)", "os._exit(1)", "os.abort()"])
+def test_what_a_program_writes_on_stderr_is_no_want_of_memory(locked, word, end):
+    code = f"import os, sys\nprint('Traceback (most recent call last):\\n{word}', file=sys.stderr, flush=True)\n{end}"
+    assert run(locked, code).status == "error"
+
+
+def test_want_of_memory_in_a_forked_process_is_not_its_parent_s(locked):
+    code = "import os, sys\nif os.fork() == 0: raise MemoryError\nos.wait()\nsys.exit(1)"
+    assert run(locked, code).status == "error"
+    assert run(locked, "import sys\nsys.exit(1)").status == "error"  # nothing is left of an earlier one
+    assert run(locked, "raise MemoryError").status == "memory_limit"
+    assert run(locked, "import sys\nsys.exit(1)").status == "error"
+
+
+def test_a_stream_of_the_program_s_own_cannot_break_out_of_the_end(locked):
+    code = "import sys\nclass Tee:\n    def write(self, t): sys.__stdout__.write(t)\n    def flush(self): raise KeyError\nsys.stdout = Tee()\nprint(3)"
+    result = run(locked, code)
+    assert (result.status, result.detail) == ("error", "exit status 120") and "forkserver" not in result.stderr
 
 
 def test_the_packages_are_there(locked):

@@ -96,7 +96,7 @@ def test_a_lost_worker_costs_its_program_nothing(kind):
     killed = []
 
     def kill() -> None:
-        while not stop.wait(3.0):
+        while not stop.wait(2.0):
             for pid in sandbox.pids[:1]:
                 victims = sorted(descendants()) if len(killed) % 2 else [pid]
                 for victim in victims:
@@ -109,13 +109,13 @@ def test_a_lost_worker_costs_its_program_nothing(kind):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    calls = [sandbox.submit(f"import time; time.sleep(0.2); print({n} ** 2)") for n in range(80)]
+    calls = [sandbox.submit(f"import time; time.sleep(0.2); print({n} ** 2)") for n in range(50)]
     results = [c.result(120) for c in calls]
     stop.set()
     killer.join()
     sandbox.close()
-    assert killed
-    assert [r.stdout for r in results] == [f"{n**2}\n" for n in range(80)]
+    assert len(killed) >= 2  # the first is a worker itself, the second something in it
+    assert [r.stdout for r in results] == [f"{n**2}\n" for n in range(50)]
     assert {r.status for r in results} == {"ok"}
 
 

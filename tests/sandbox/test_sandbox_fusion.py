@@ -72,14 +72,62 @@ def test_the_number_of_calls_under_way_is_bounded(fake, sandbox):
 def test_a_server_that_turns_silent_is_not_believed(fake, sandbox):
     sandbox.suspicion = 3
     fake.mode = "silent"
-    found = [sandbox.submit("print(1)").result().status for _ in range(4)]
-    assert found == ["time_limit", "time_limit", "infrastructure", "infrastructure"]
+    found = [call.result().status for call in [sandbox.submit("print(1)") for _ in range(8)]]
+    assert found == ["infrastructure"] * 8  # not even the first is passed on
 
 
-def test_programs_that_do_run_out_of_time_stay_their_own_fault(fake, sandbox):
+def canaries(fake, program: str) -> int:
+    return sum(body["code"] != program for _, body in fake.requests)
+
+
+def test_programs_that_do_run_out_of_time_stay_their_own_fault(fake, sandbox, monkeypatch):
+    program = "import time; time.sleep(9)"
     sandbox.suspicion, sandbox.timeout_s = 2, 0.5
-    found = [sandbox.submit("import time; time.sleep(9)").result().status for _ in range(3)]
-    assert found == ["time_limit"] * 3
+
+    def statuses(number: int) -> list[str]:
+        fake.requests.clear()
+        return [sandbox.submit(program).result().status for _ in range(number)]
+
+    assert statuses(4) == ["time_limit"] * 4
+    assert canaries(fake, program) == 2  # before the first, which vouches for two more, and before the fourth
+    monkeypatch.setattr(sandbox_fusion, "PROVEN_S", 0.0)
+    assert statuses(2) == ["time_limit"] * 2 and canaries(fake, program) == 2
+
+
+def test_a_server_that_turns_silent_after_a_proof_is_believed_for_a_moment_only(fake, sandbox, monkeypatch):
+    monkeypatch.setattr(sandbox_fusion, "PROVEN_S", 0.2)
+    sandbox.timeout_s = 0.5
+    assert sandbox.submit("import time; time.sleep(9)").result().status == "time_limit"
+    fake.mode = "silent"
+    time.sleep(0.3)
+    assert sandbox.submit("print(1)").result().status == "infrastructure"
+
+
+def test_one_canary_answers_for_all_who_wait(fake, sandbox):
+    program = "import time; time.sleep(9)"
+    sandbox.timeout_s, sandbox.suspicion = 0.5, 1
+    fake.requests.clear()
+    with sandbox._canary:  # as if a canary were under way
+        calls = [sandbox.submit(program) for _ in range(4)]
+        time.sleep(1.5)
+    assert [call.result().status for call in calls] == ["time_limit"] * 4
+    assert canaries(fake, program) == 1
+
+
+def test_close_does_not_work_through_the_queue(fake):
+    sandbox = SandboxFusion(url=fake.url, concurrency=2, timeout_s=2.0, retries=4, backoff_s=20.0)
+    sandbox.start()
+    fake.mode = "http_500"  # two calls wait for their repetition, the others for those
+    calls = [sandbox.submit("print(1)") for _ in range(12)]
+    time.sleep(0.3)
+    start = time.monotonic()
+    sandbox.close()
+    assert time.monotonic() - start < 2
+    assert [call.result(0).status for call in calls] == ["infrastructure"] * 12
+    assert len(fake.requests) <= 1 + 6  # the canary, and what had gone out; nothing new
+    fake.mode = ""  # and may be started again
+    assert sandbox.submit("print(2)").result().stdout == "2\n"
+    sandbox.close()
 
 
 def test_half_a_surrogate_pair_does_not_break_the_connection(sandbox):

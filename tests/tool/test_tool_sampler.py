@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 from core_torl.code_blocks import OUTPUT
 from core_torl.sampler.generate_session import GenerateSession
-from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig
+from core_torl.sampler.protocol import Sampler, SampleRequest
 from core_torl.sampler.transformers import TransformersSampler
 from core_torl.sandbox.protocol import Execution
 from core_torl.tool.observation import Observations
-from core_torl.tool.tool_sampler import ToolSampler, encode_plainly
+from core_torl.tool.tool_sampler import ToolSampler, _Loop, encode_plainly
 
 GOOD = Execution("17\n", "", "ok", 0.5)
 ASK = "x\n```python\nprint(1)\n```\n```output"
@@ -73,8 +74,8 @@ def test_trained_positions_are_the_sampled_positions(tools, endings, tiny_tokeni
     assert [t for turn in sample.turns for t in turn] == own
 
 
-def test_an_offset_shifted_by_one_is_caught(tools, tiny_tokenizer):
-    """The property above is worth something only if it fails for a mask that is off by one."""
+def test_the_property_tells_a_mask_that_is_off_by_one(tools):
+    """What the property compares differs for every shifted offset (tests/variant/test_torl.py shifts them for real)."""
     sampler = tools([[[ASK, "so \\boxed{17}"]]], 1)
     ((sample,),) = sampler.generate(ask([[["", ""]]]))
     (call,) = sample.calls
@@ -278,29 +279,45 @@ def test_an_answer_depends_on_its_seed_alone(talkative, tiny_tokenizer, fake_san
     assert facts(alone) == facts(together)
 
 
-def test_an_answer_goes_on_while_others_wait(talkative, tiny_tokenizer, fake_sandbox, endings, uneven):
-    """One slow program: every other answer is finished before its result is there."""
+@pytest.mark.parametrize("rows", [512, 9])
+def test_an_answer_goes_on_while_others_wait(
+    talkative, tiny_tokenizer, fake_sandbox, endings, uneven, monkeypatch, rows
+):
+    """One slow program: every other answer is finished before its result is there, those of later parts too."""
     first: list[str] = []
+    done: list[int] = []
+    finished_before: list[int] = []
+    monkeypatch.setattr(_Loop, "_finish", spying(_Loop._finish, lambda: done.append(1)))
+    monkeypatch.setattr(_Loop, "observe", spying(_Loop.observe, lambda: finished_before.append(len(done))))
 
     def delay(code: str) -> float:
         first.append(code)
-        return 1.5 if len(first) == 1 else 0.0
+        return 2.0 if len(first) == 1 else 0.0
 
-    sampler = make(talkative, tiny_tokenizer, fake_sandbox(endings, delay), 1)
-    running: list[int] = []
-    with sampler._session(uneven, SamplingConfig(60, stop=(OUTPUT,))) as session:
-        from core_torl.tool.tool_sampler import _Loop
+    make(talkative, tiny_tokenizer, fake_sandbox(endings, delay), 1, max_rows=rows).generate(uneven)
+    assert finished_before[-1] == 23 and finished_before[0] < 23
 
-        loop = _Loop(sampler, session, 24, SamplingConfig(60, stop=(OUTPUT,)))
-        observe = loop._observe
 
-        def spy(row, future):
-            running.append(len(loop.finished))
-            observe(row, future)
+def spying(method, note):
+    def wrapped(self, *args):
+        note()
+        return method(self, *args)
 
-        loop._observe = spy  # type: ignore[method-assign]
-        loop.run()
-    assert running[-1] == 23 and running[0] < 23
+    return wrapped
+
+
+def test_a_request_keeps_its_own_limit_and_stop_strings(talkative, tiny_tokenizer, fake_sandbox, endings, uneven):
+    def answer(requests):
+        return make(talkative, tiny_tokenizer, fake_sandbox(endings), 2).generate(requests)
+
+    short = [replace(r, max_new_tokens=9 + i) for i, r in enumerate(uneven)]
+    for i, (group, cut) in enumerate(zip(answer(uneven), answer(short), strict=True)):
+        for a, b in zip(group, cut, strict=True):
+            assert len(b.token_ids) <= 9 + i and b.token_ids == a.token_ids[: len(b.token_ids)]
+    for group in answer([replace(r, stop=("x",)) for r in uneven]):
+        for sample in group:
+            assert not any("x" in tiny_tokenizer.decode(list(turn[:-1])) for turn in sample.turns)
+            assert sample.stop != "x" or "x" in tiny_tokenizer.decode([sample.token_ids[-1]])
 
 
 def test_with_no_program_at_all_the_answers_are_those_without_tools(

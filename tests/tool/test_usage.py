@@ -13,7 +13,9 @@ BLOCK = "```python\nprint(7)\n```\n"
 ASK = f"{BLOCK}```output"
 
 
-def answer(turns: list[str], statuses: list[str] = (), correct=False, observations=None, codes=None, finish="eos"):
+def answer(
+    turns: list[str], statuses: list[str] = (), correct=False, observations=None, codes=None, finish="eos", stop=None
+):
     """An answer of three tokens a turn and two an observation."""
     calls, place = [], 3
     for i, status in enumerate(statuses):
@@ -23,7 +25,7 @@ def answer(turns: list[str], statuses: list[str] = (), correct=False, observatio
         calls.append(ToolCall(code, status, text, place, place + shown, 0.1 * (i + 1)))
         place += shown + 3
     length = 3 * len(turns) + sum(c.end - c.start for c in calls)
-    sample = Sample(tuple(range(length)), (0.0,) * length, finish, None, "0", tuple(calls))
+    sample = Sample(tuple(range(length)), (0.0,) * length, finish, stop, "0", tuple(calls))
     score = None if finish == "abort" else Score(1.0 if correct else -1.0, correct, "correct" if correct else "wrong")
     return Trajectory(PROBLEM, (1,), sample, "".join(turns), sample.sampled, score, turns=tuple(turns))
 
@@ -54,6 +56,10 @@ LOST = answer([f"x {ASK}"], ["infrastructure"], finish="abort")
         ("effective_ratio", [RUN, answer([ASK, "\\boxed{7}"], ["ok"], True, observations=["12"])], (1, 2)),
         ("hallucinated_output_ratio", [RUN, answer([f"{ASK}\n7\n```\n\\boxed{{7}}"])], (1, 2)),
         ("hallucinated_output_ratio", [answer([ASK, f"{ASK}\n3\n```\n"], ["ok"])], (1, 1)),
+        ("hallucinated_output_ratio", [answer([f"{BLOCK}```outputs", "y"], ["ok"])], (0, 1)),
+        ("hallucinated_output_ratio", [answer([f"{BLOCK}```outputs", "a\n```output\n3\n```\n"], ["ok"])], (1, 1)),
+        ("hallucinated_output_ratio", [answer([ASK, ASK], ["ok"], stop="```output", finish="stop")], (0, 1)),
+        ("void_answer_ratio", [PLAIN, answer(["nothing"]), answer([ASK, "hm"], ["ok"])], (2, 3)),
         ("budget_exhausted_ratio", [PLAIN, RUN], (1, 2)),
         ("time_limit_ratio", [RUN, answer([ASK, "y"], ["time_limit"])], (1, 2)),
         ("other_limit_ratio", [answer([ASK, "y"], ["memory_limit"]), answer([ASK, "y"], ["output_limit"]), RUN], (2, 3)),
@@ -108,6 +114,8 @@ def test_latencies():
         "tool/latency_p50_s": pytest.approx(0.1),
         "tool/latency_p95_s": pytest.approx(0.19),
     }
+    sick = answer([ASK], ["infrastructure"], finish="abort")
+    assert latencies([RUN, sick, sick]) == latencies([RUN])  # a failing sandbox has no fast programs
     assert latencies([PLAIN]) == {"tool/latency_p50_s": 0.0, "tool/latency_p95_s": 0.0}
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
-from core_torl.config.errors import UserError
+from core_torl.config.errors import UserError, causes
 
 # Hydra 1.4 instantiates nothing that is not named; users add their own packages with the key `trusted_targets`.
 _TRUSTED = ("core_torl.*", "torch.optim.*", "pytorch_lightning.*")
@@ -51,11 +51,16 @@ def build(node: Any, *args: Any, **kwargs: Any) -> Any:
         # Only the config goes through Hydra, which would turn runtime arguments into config nodes.
         make = instantiate(node, _partial_=True, _convert_="all", **guard)
         return make(*args, **kwargs)
+    except UserError:
+        raise
     except InstantiationException as error:
-        raise UserError(f"_target_ {target!r}: {str(error).splitlines()[0]}") from error
+        # A part inside this one was refused: what its constructor said names the key.
+        own = [e for e in causes(error) if isinstance(e, ValueError | FileNotFoundError)]
+        text = str(own[-1]) if own else f"_target_ {target!r}: {str(error).splitlines()[0]}"
+        raise UserError(text) from error
     except (ValueError, FileNotFoundError) as error:
         # A constructor's own complaint names the key.
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise UserError(str(error)) from error
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise

@@ -30,7 +30,9 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
 def causes(error: BaseException) -> Iterator[BaseException]:
     """``error`` and what it was raised from, outermost first."""
     current: BaseException | None = error
-    while current is not None:
+    seen: set[int] = set()  # an error that was raised from itself has no outermost cause
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
         yield current
         current = current.__cause__
 

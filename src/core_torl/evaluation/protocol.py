@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ from core_torl.problem import LETTERS, Concept, Problem
 from core_torl.reward.answers import option_letter
 from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig
 from core_torl.tool.usage import usage
-from core_torl.trajectory import Score, Trajectory
+from core_torl.trajectory import Sample, Score, Trajectory
 
+log = logging.getLogger(__name__)
+_ATTEMPTS = 3  # further ones, for answers whose sandbox failed
 _TOOL_USE = ("code_ratio", "pass_ratio", "executed_ratio", "calls_per_response", "hallucinated_output_ratio")
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
 
@@ -148,7 +151,7 @@ class Evaluation:
                 for o in self.orders(p)
             ]
             requests = [SampleRequest(encode(v, None), n, self._seed(decoding, v.uid)) for _, _, v, _ in variants]
-            answers = sampler.generate(requests, sampling)
+            answers = _whole(sampler, requests, sampling)
             trajectories = [
                 [
                     Trajectory.of(v, r.prompt_ids, s, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
@@ -157,12 +160,6 @@ class Evaluation:
                 for (_, _, v, _), r, group in zip(variants, requests, answers, strict=True)
             ]
             flat = [t for group in trajectories for t in group]
-            aborted = sum(t.aborted for t in flat)
-            if aborted:
-                # To leave them out would compare other problems before and after training.
-                raise RuntimeError(
-                    f"evaluation: the sandbox failed in {aborted} of {len(flat)} answers; mend it and evaluate again"
-                )
             for trajectory, score in zip(flat, reward.score(flat), strict=True):
                 trajectory.score = score
             by_problem: dict[tuple[str, str], list[tuple[tuple[int, ...], list[Trajectory]]]] = {}
@@ -286,6 +283,30 @@ def _item(problem: Problem, orders: list[tuple[tuple[int, ...], list[Trajectory]
         excluded=float(np.mean([_score(t).value is None for t in flat])),
         transcript=orders[0][1][0].transcript,
     )
+
+
+def _whole(sampler: Sampler, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> list[list[Sample]]:
+    """Answers to every request; those whose sandbox failed are asked for again, with the same draws.
+
+    Raises RuntimeError if it fails for good: to leave problems out would compare others before and after training.
+    """
+    answers = sampler.generate(requests, sampling)
+    for _ in range(_ATTEMPTS):
+        lost = [i for i, group in enumerate(answers) if any(s.finish == "abort" for s in group)]
+        if not lost:
+            return answers
+        log.warning(
+            "evaluation: the sandbox failed in answers to %d of %d prompts; once more", len(lost), len(requests)
+        )
+        for i, group in zip(lost, sampler.generate([requests[i] for i in lost], sampling), strict=True):
+            answers[i] = group
+    lost = [i for i, group in enumerate(answers) if any(s.finish == "abort" for s in group)]
+    if lost:
+        raise RuntimeError(
+            f"evaluation: the sandbox failed again and again in answers to {len(lost)} of {len(requests)} prompts; "
+            "mend it and evaluate once more"
+        )
+    return answers
 
 
 def _tool_use(trajectories: Sequence[Trajectory], budget: int) -> dict[str, float]:

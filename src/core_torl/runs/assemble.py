@@ -30,6 +30,13 @@ class Prepared:
     template: PromptTemplate
     reward: Any
     evaluation: Any
+    sandbox: Any | None  # not started yet; None where the policy has no calls
+
+    def close(self) -> None:
+        """Give back processes. May be called twice."""
+        self.reward.close()
+        if self.sandbox is not None:
+            self.sandbox.close()
 
 
 @dataclass
@@ -40,6 +47,10 @@ class Parts(Prepared):
     sampler: Any
     encode: Encode
     encode_answer: Callable[[str], tuple[int, ...]]
+
+    def close(self) -> None:
+        self.sampler.close()
+        super().close()
 
 
 def check_model_group(cfg: DictConfig) -> PromptTemplate:
@@ -76,25 +87,33 @@ def prepare(cfg: DictConfig) -> Prepared:
     """Build what needs no weights. Raises UserError for whatever is wrong with it."""
     template = check_model_group(cfg)
     device_of(cfg)
-    return Prepared(load_problems(cfg), template, build(cfg.reward), build(cfg.evaluation))
+    sandbox = None
+    if cfg.tool.call_budget:
+        build(cfg.tool.observation)  # refused here, not after a minute of loading
+        sandbox = build(cfg.sandbox)
+    return Prepared(load_problems(cfg), template, build(cfg.reward), build(cfg.evaluation), sandbox)
 
 
 def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
-    """Load the policy and build what needs it."""
+    """Start the sandbox, load the policy and build what needs it. Raises UserError; nothing is left running then."""
     import torch
 
     torch.set_num_threads(cfg.trainer.threads)
-    # Before the weights, because it fails sooner: the sandbox proves itself when it starts.
-    sandbox = start_sandbox(cfg)
     try:
-        policy: Policy = build(cfg.model, device=device_of(cfg))
-        sampler = build(cfg.sampler, policy.model, policy.tokenizer)
-        if sandbox is not None:
-            sampler = build(cfg.tool, sampler, sandbox, policy.tokenizer)
+        if prepared.sandbox is not None:
+            # Before the weights, because it fails sooner: the sandbox proves itself when it starts.
+            prepared.sandbox.start()
+        return _with_policy(cfg, prepared)
     except BaseException:
-        if sandbox is not None:
-            sandbox.close()
+        prepared.close()
         raise
+
+
+def _with_policy(cfg: DictConfig, prepared: Prepared) -> Parts:
+    policy: Policy = build(cfg.model, device=device_of(cfg))
+    sampler = build(cfg.sampler, policy.model, policy.tokenizer)
+    if prepared.sandbox is not None:
+        sampler = build(cfg.tool, sampler, prepared.sandbox, policy.tokenizer)
 
     def encode(problem: Problem, concept: Concept | None = None) -> tuple[int, ...]:
         return prepared.template.encode(policy.tokenizer, problem, concept)
@@ -103,16 +122,10 @@ def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
         return prepared.template.encode_answer(policy.tokenizer, text)
 
     kept = drop_long(prepared.problems, encode, cfg.model.max_prompt_tokens)
-    return Parts(kept, prepared.template, prepared.reward, prepared.evaluation, policy, sampler, encode, encode_answer)
-
-
-def start_sandbox(cfg: DictConfig) -> Any | None:
-    """A sandbox that runs programs, None where the policy has no calls. Raises UserError."""
-    if not cfg.tool.call_budget:
-        return None
-    sandbox = build(cfg.sandbox)
-    sandbox.start()
-    return sandbox
+    return Parts(
+        kept, prepared.template, prepared.reward, prepared.evaluation, prepared.sandbox, policy, sampler, encode,
+        encode_answer,
+    )  # fmt: skip
 
 
 def drop_long(problems: ProblemSets, encode: Encode, limit: int) -> ProblemSets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ from core_torl.runs.results import make_tracker, write_results
 from core_torl.runs.training import evaluate_now, quiet
 from core_torl.tracking.console import estimates_table, make_console, print_config_tree
 from core_torl.variant.checkpoint import newest, read
+
+log = logging.getLogger(__name__)
+
+
+def warn_of_differences(cfg: DictConfig, trained: dict[str, Any]) -> None:
+    """Say so where a checkpoint is evaluated in another way than it was trained: with other tools or another reward."""
+    for key in ("tool.call_budget", "reward._target_"):
+        now = OmegaConf.select(cfg, key)
+        if trained.get(key, now) != now:
+            log.warning(
+                "checkpoint=%s was trained with %s=%s; this evaluation has %s", cfg.checkpoint, key, trained[key], now
+            )
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -29,6 +42,7 @@ def evaluate(cfg: DictConfig) -> float:
                 f"checkpoint={cfg.checkpoint}: no such file and no step-*.ckpt in it; give a checkpoint or a run folder"
             )
         state = read(file)
+        warn_of_differences(cfg, state["core_torl"]["fingerprint"])
     prepared = prepare(cfg)
     print_config_tree(tree, console)
     parts = assemble(cfg, prepared)
@@ -55,6 +69,5 @@ def evaluate(cfg: DictConfig) -> float:
         values = [e.value for label, e in estimates.items() if label.endswith("/accuracy")]
         return sum(values) / len(values)
     finally:
-        parts.reward.close()
-        parts.sampler.close()
+        parts.close()
         tracker.finish(exit_code=1 if failed else 0)

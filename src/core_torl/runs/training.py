@@ -66,6 +66,9 @@ _FREE = (
     "retries",
     "url",
     "concurrency",
+    "allow_unsafe",
+    "backoff_s",
+    "suspicion",
     "path",
     "accelerator",
     "devices",
@@ -87,7 +90,9 @@ def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
                 flat[f"{path}{key}"] = value
 
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
-    walk({k: tree[k] for k in _FINGERPRINT}, "")
+    unused = () if tree["tool"]["call_budget"] else ("tool", "sandbox")
+    walk({k: tree[k] for k in _FINGERPRINT if k not in unused}, "")
+    flat["tool.call_budget"] = tree["tool"]["call_budget"]
     flat["training problems"] = hashlib.sha256(repr(problems.train).encode()).hexdigest()[:16]
     return flat
 
@@ -120,14 +125,12 @@ def train(cfg: DictConfig) -> float:
         if saved is None:  # what an earlier run left in this folder is not this run's result
             (output / "results.json").unlink(missing_ok=True)
     parts = assemble(cfg, prepared)
-    module: PolicyGradient = build(
-        cfg.variant, policy=parts.policy, sampler=parts.sampler, reward_function=parts.reward,
-        objective=build(cfg.objective), problems=parts.problems.train, encode=parts.encode, rl_steps=cfg.rl_steps,
-        group_size=cfg.group_size, prompts_per_step=cfg.prompts_per_step, seed=cfg.seed,
-        temperature=cfg.sampler.temperature, fingerprint=marks, augment=augment, token_budget=cfg.token_budget,
-        encode_answer=parts.encode_answer, **coach,
-    )  # fmt: skip
-    tracker = make_tracker(cfg, output, saved["run_id"] if saved else None)
+    try:
+        module = make_module(cfg, parts, coach, marks, augment)
+        tracker = make_tracker(cfg, output, saved["run_id"] if saved else None)
+    except BaseException:
+        parts.close()
+        raise
     failed = True
     try:
         tracker.log_config(tree)
@@ -166,9 +169,21 @@ def train(cfg: DictConfig) -> float:
         failed = False
         return headline
     finally:
-        parts.reward.close()
-        parts.sampler.close()
+        parts.close()
         tracker.finish(exit_code=1 if failed else 0)
+
+
+def make_module(
+    cfg: DictConfig, parts: Parts, coach: dict[str, Any], marks: dict[str, Any], augment: Any
+) -> PolicyGradient:
+    """The variant with everything that it needs."""
+    return build(
+        cfg.variant, policy=parts.policy, sampler=parts.sampler, reward_function=parts.reward,
+        objective=build(cfg.objective), problems=parts.problems.train, encode=parts.encode, rl_steps=cfg.rl_steps,
+        group_size=cfg.group_size, prompts_per_step=cfg.prompts_per_step, seed=cfg.seed,
+        temperature=cfg.sampler.temperature, fingerprint=marks, augment=augment, token_budget=cfg.token_budget,
+        encode_answer=parts.encode_answer, **coach,
+    )  # fmt: skip
 
 
 def finish(

@@ -42,7 +42,7 @@ class CascadeSession:
         self.device, self.prompt_length = ids.device, prompt_length
         self.cache = CascadeCache()
         self.read = torch.zeros(len(rows.length), dtype=torch.long)  # [rows] answer tokens that the model has read
-        self._running = len(rows.length)
+        self._running = self._left = len(rows.length)
         logits = model(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=self.cache,
             use_cache=True, logits_to_keep=1,
@@ -77,6 +77,9 @@ class CascadeSession:
 
     def release(self, row: int) -> None:
         self.rows.gone[row] = True
+        self._left -= 1
+        if not self._left:  # the session may stay open for a while: other parts have theirs open
+            self.cache, self.logits = CascadeCache(), torch.empty(0)
 
     def _draw(self) -> list[int]:
         places = self.packing.places

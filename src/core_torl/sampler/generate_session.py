@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from core_torl.sampler.protocol import SampleRequest, SamplingConfig
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig, token_limit
 from core_torl.trajectory import Sample
 
 
@@ -25,7 +25,7 @@ class GenerateSession:
             r if r.seed is not None else dataclasses.replace(r, seed=int(torch.randint(2**62, ()))) for r in requests
         ]
         self.of_row = [(r, j) for r in seeded for j in range(r.n)]  # each row's request, and its number in it
-        self.limit = [r.max_new_tokens or sampling.max_new_tokens for r, _ in self.of_row]
+        self.limit = [token_limit(r, sampling) for r, _ in self.of_row]
         self.fresh: list[SampleRequest] = seeded
         self.resumed: dict[int, tuple[str, ...]] = {}  # rows to go on with, and their stop strings
         self.samples: dict[int, Sample] = {}  # what each row has so far

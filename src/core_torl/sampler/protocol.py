@@ -74,6 +74,11 @@ class SamplingConfig:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
+def token_limit(request: SampleRequest, sampling: SamplingConfig) -> int:
+    """Longest answer to ``request``, in tokens."""
+    return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Draws answers from the policy. See the module's contract."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from core_torl.sampler.draw import uniforms
-from core_torl.sampler.protocol import SampleRequest, SamplingConfig
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig, token_limit
 from core_torl.sampler.stops import StopFinder
 from core_torl.trajectory import Finish, Sample
 
@@ -158,8 +158,3 @@ class Rows:
         """The finished table as samples, grouped by request."""
         rows = iter(range(len(self.stops)))
         return [[self.sample(next(rows), version) for _ in range(r.n)] for r in requests]
-
-
-def token_limit(request: SampleRequest, sampling: SamplingConfig) -> int:
-    """Longest answer to ``request``, in tokens."""
-    return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens

@@ -28,8 +28,8 @@ from transformers import (
 from core_torl.sampler.cascade_session import CascadeSession
 from core_torl.sampler.draw import draw
 from core_torl.sampler.generate_session import GenerateSession
-from core_torl.sampler.protocol import SampleRequest, SamplingConfig, Session
-from core_torl.sampler.rows import Rows, token_limit
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig, Session, token_limit
+from core_torl.sampler.rows import Rows
 from core_torl.sampler.stops import StopFinder
 from core_torl.trajectory import Sample
 

@@ -8,8 +8,12 @@ inside these namespaces, to give each program a scratch file system and an id of
 It guards against programs that read or write files of this machine, use its network, see its environment or its
 processes, use up its memory, processes, disk or output, run for ever, outlive their call, look at or leave something
 for another call, or attack their worker. It does not guard against bugs of the kernel, against programs that use their
-limits to the full at the same time (plan memory as workers x memory_mb plus about 150 MiB each), and it does not hide
-what kind of machine this is (processor, kernel version, contents of /usr).
+limits to the full at the same time (plan memory as workers x memory_mb plus about 150 MiB each), or against shared
+memory that no process has in its own tables any more (touched, then unmapped by one and kept mapped by another): the
+total limit does not see that, and the address space of each of the ``processes`` is what bounds it. And it does not
+hide what kind of machine this is (processor, kernel version, contents of /usr), where the interpreter, the packages
+and this project's own files lie on it (/proc/self/mountinfo names their folders on the host), or the limits
+(/proc/1/cmdline is the worker's command line).
 
 Where bubblewrap is missing or may not run, the locked fork-server takes its place, and the log says so.
 """

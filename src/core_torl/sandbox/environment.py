@@ -21,7 +21,7 @@ PACKAGES = ("sympy", "mpmath", "numpy", "scipy", "gmpy2")  # those that are inst
 PACKAGES_DIR = "/packages"  # where they lie inside
 _TOP = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _SOURCES = Path(__file__).resolve().parents[2]
-_INSIDE = ("__init__", "sandbox/__init__", "sandbox/forkserver", "sandbox/lockdown", "sandbox/program")
+_INSIDE = ("__init__", *(f"sandbox/{name}" for name in ("__init__", "forkserver", "lockdown", "preload", "program")))
 # How the interpreter inside begins: with the folder of this package's source, then the settings.
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from core_torl.sandbox.forkserver import main; main(sys.argv[2])"
 VARIABLES = {

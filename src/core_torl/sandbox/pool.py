@@ -71,7 +71,11 @@ class _State:
 
 def _launch(state: _State, index: int) -> Worker:
     """A worker that is ready. Raises WorkerLost."""
-    worker = Worker(state.plan.command(index, state.limits), state.limits.timeout_s)
+    try:
+        command = state.plan.command(index, state.limits)
+    except OSError as error:
+        raise WorkerLost(str(error)) from error
+    worker = Worker(command, state.limits.timeout_s)
     state.workers[index] = worker
     try:
         state.isolation = worker.wait_until_ready()
@@ -88,20 +92,34 @@ def _discard(state: _State, index: int) -> None:
 
 
 def _serve(state: _State, index: int, ready: Future[list[str]], canary: Canary) -> None:
-    """The life of one thread: start a worker, prove it, run programs until told to stop."""
+    """The life of one thread: start a worker, prove it, run programs until told to stop.
+
+    Somebody waits for ``ready`` and for each job, so each ends, whatever goes wrong here, and the thread goes on.
+    """
     try:
         ready.set_result(canary.check(_launch(state, index).run))
-        while True:
-            job = state.jobs.get()
-            if job is None:
-                break
-            code, future = job
+    except BaseException as error:  # noqa: BLE001 - goes to the caller of ``start``, who waits for it
+        _discard_for_good(state, index)
+        ready.set_exception(error)
+        return
+    while (job := state.jobs.get()) is not None:
+        code, future = job
+        try:
             if future.set_running_or_notify_cancel():
                 future.set_result(_run(state, index, code))
-    except WorkerLost as error:
-        ready.set_exception(error)
-    finally:
+        except BaseException as error:  # noqa: BLE001 - a bug of ours; goes to the caller who waits for this job
+            _discard_for_good(state, index)  # nobody knows how far the worker got
+            if not future.done():
+                future.set_exception(error)
+    _discard_for_good(state, index)
+
+
+def _discard_for_good(state: _State, index: int) -> None:
+    """As ``_discard``, where a failure to clean up must not take the place of what is being told."""
+    try:
         _discard(state, index)
+    except BaseException:  # noqa: BLE001 - a thread that ends here would leave its callers waiting
+        _log.exception("a sandbox worker could not be ended")
 
 
 def _run(state: _State, index: int, code: str) -> Execution:
@@ -245,18 +263,15 @@ class ProcessSandbox(ABC):
                 answers: list[Future[list[str]]] = []
                 for index in range(self.concurrency):
                     answers.append(Future())
-                    state.threads.append(
-                        threading.Thread(
-                            target=_serve,
-                            args=(state, index, answers[-1], canary),
-                            name=f"sandbox-{index}",
-                            daemon=True,
-                        )
-                    )
-                    state.threads[-1].start()
+                    task = (state, index, answers[-1], canary)
+                    thread = threading.Thread(target=_serve, args=task, name=f"sandbox-{index}", daemon=True)
+                    thread.start()
+                    state.threads.append(thread)  # only now: ``_stop`` joins it
                 leaks = [leak for answer in answers for leak in answer.result()]
-        except BaseException:
+        except BaseException as error:
             _stop(state)
+            if isinstance(error, OSError):  # no room for the canary's bait, say
+                raise WorkerLost(str(error)) from error
             raise
         return state, list(dict.fromkeys(leaks))
 
@@ -274,12 +289,13 @@ class ProcessSandbox(ABC):
         Raises UserError as ``start`` does.
         """
         self.start()
-        state = self._state
         future: Future[Execution] = Future()
-        if state is None:  # closed meanwhile by another thread
-            future.set_result(Execution("", "", "infrastructure", detail="the sandbox was closed"))
-        else:
-            state.jobs.put((code, future))
+        with self._lock:  # so that ``close`` finds every job that is in the queue
+            if self._state is not None and not self._state.closing.is_set():
+                self._state.jobs.put((code, future))
+                return future
+        # Closed meanwhile by another thread, or the interpreter is about to end.
+        future.set_result(Execution("", "", "infrastructure", detail="the sandbox was closed"))
         return future
 
     def close(self) -> None:

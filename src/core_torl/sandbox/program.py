@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import mmap
 import os
 import sys
 import threading
@@ -17,13 +18,17 @@ from types import ModuleType
 from typing import NoReturn
 
 NAME = "main.py"
+STARVED = 1
 
 
 def _end(status: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
+    """Flush and leave, as CPython does: streams that the program closed or took away count for nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name, None)
         try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError, MemoryError):  # closed or replaced by the program: its own doing
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException:  # noqa: BLE001 - the stream may be the program's own, and raise anything
             status = status or 120  # what CPython exits with when it cannot flush
     os._exit(status)
 
@@ -34,25 +39,39 @@ def _exit_status(error: SystemExit) -> int:
         return 0
     if isinstance(error.code, int):
         return error.code & 0xFF
-    with suppress(OSError, ValueError):
+    with suppress(BaseException):  # printing runs code of the program's
         print(error.code, file=sys.stderr)
     return 1
 
 
-def _report(error: BaseException) -> None:
-    """Print a traceback without the frames of this module, through the program's own hook if it set one."""
+def _report(error: BaseException) -> bool:
+    """Print a traceback without the frames of this module, through the program's own hook if it set one.
+
+    True if the program ended for want of memory.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
-    error.__traceback__ = trace
-    sys.excepthook(type(error), error, trace)
+    try:
+        error.__traceback__ = trace
+        sys.excepthook(type(error), error, trace)
+    except MemoryError:
+        with suppress(OSError):
+            os.write(2, b"MemoryError\n")
+        return True
+    except BaseException as second:  # noqa: BLE001 - the program's own hook failed
+        with suppress(OSError):
+            os.write(2, f"Error in sys.excepthook: {type(second).__name__}\n".encode())
+    return isinstance(error, MemoryError)
 
 
-def run(source: bytes, hidden: list[str]) -> NoReturn:
+def run(source: bytes, hidden: list[str], note: mmap.mmap) -> NoReturn:
     """Run ``source`` as a script and end the process with the exit status that CPython would have given.
 
-    ``hidden`` names modules that a program should not find loaded.
+    ``hidden`` names modules that a program should not find loaded. ``note``, which the parent can read, gets
+    ``STARVED`` as its first item if a MemoryError ended the program. (What is on stderr, a program may have printed.)
     """
+    leader = os.getpid()
     reserve = bytearray(1 << 18)  # given back before a MemoryError is printed
     main = ModuleType("__main__")
     main.__dict__.update(__file__=NAME, __builtins__=__builtins__)
@@ -69,7 +88,7 @@ def run(source: bytes, hidden: list[str]) -> NoReturn:
     with suppress(OSError), open(NAME, "wb") as file:
         file.write(source)
     gc.enable()
-    status = 0
+    status, starved = 0, False
     try:
         exec(compile(source, NAME, "exec"), main.__dict__)
     except SystemExit as error:
@@ -77,20 +96,15 @@ def run(source: bytes, hidden: list[str]) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - whatever a program raises is its result
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         del reserve
-        try:
-            _report(error)
-        except MemoryError:
-            os.write(2, b"MemoryError\n")
-            os._exit(1)
-        except BaseException as second:  # noqa: BLE001 - the program's own hook failed
-            with suppress(OSError):
-                os.write(2, f"Error in sys.excepthook: {type(second).__name__}\n".encode())
+        starved = _report(error)
     # As at the end of an interpreter: wait for threads, then run what was registered.
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except SystemExit as error:
-        status = _exit_status(error)
+        status, starved = _exit_status(error), False
     except BaseException as error:  # noqa: BLE001 - as above
         _report(error)
+    if starved and os.getpid() == leader:  # a process that the program forked comes here, too
+        note[0] = STARVED
     _end(status)

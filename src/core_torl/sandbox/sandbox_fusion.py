@@ -3,7 +3,7 @@
 It guards against a server that is down, slow, overloaded or silently broken: calls are bounded in number, retried with
 growing pauses, and end as "infrastructure" if the server failed and not the program. One failure looks like a
 program's own: a broken server answers that every program ran out of time and printed nothing. So ``start`` runs a
-canary, and a run of such answers calls for another before they are believed.
+canary, and such an answer is held back until another canary has shown that the server still runs programs.
 
 How well programs are locked in is the server's doing. In its default mode they run as the server's user, with its
 files and its network: run the server in a container that holds nothing else.
@@ -11,18 +11,29 @@ files and its network: run the server in a container that holds nothing else.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 
 from core_torl.config.errors import UserError
 from core_torl.sandbox.protocol import Execution
 
 GRACE_S = 20.0  # for the way there and back, and a queue at the server
+PROVEN_S = 5.0  # for so long at most a canary vouches for empty time-outs that come after it
 _START = "docker run -p 8080:8080 volcengine/sandbox-fusion:server-20250609"
 
 
@@ -34,7 +45,7 @@ class SandboxFusion:
     """``url``: where the server listens, e.g. http://localhost:8080. ``concurrency``: calls under way at once.
 
     ``timeout_s`` and ``memory_mb`` are sent with each program; ``output_bytes`` is applied here. ``suspicion`` is the
-    number of empty time-outs in a row after which the server has to prove itself again.
+    number of empty time-outs in a row for which a canary vouches; the next one calls for another.
 
     Raises:
         UserError: an argument is out of range or ``url`` is missing.
@@ -68,7 +79,10 @@ class SandboxFusion:
         self.timeout_s, self.memory_mb, self.output_bytes = timeout_s, memory_mb, output_bytes
         self.retries, self.backoff_s, self.suspicion = retries, backoff_s, suspicion
         self._lock = threading.Lock()
-        self._silent = 0  # empty time-outs in a row
+        self._canary = threading.Lock()  # held while a canary runs, so that one answers for all who wait
+        self._vouched = 0  # empty time-outs in a row since the last canary
+        self._proven = self._refuted = -math.inf  # when a canary last passed, and last failed
+        self._closing = threading.Event()
         self._threads: ThreadPoolExecutor | None = None
         self._client: httpx.Client | None = None
 
@@ -96,7 +110,9 @@ class SandboxFusion:
             except BaseException:
                 client.close()
                 raise
-            self._client, self._silent = client, 0
+            # That canary vouches for nothing: a server that breaks next must not get a single answer through.
+            self._proven = self._refuted = -math.inf
+            self._client, self._closing = client, threading.Event()
             self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sandbox-fusion")
 
     def _prove(self, client: httpx.Client) -> None:
@@ -140,34 +156,52 @@ class SandboxFusion:
             return Execution(texts[0], texts[1], "output_limit", seconds, f"more than {most} bytes of output")
         code = int(result["return_code"])
         last = err.rstrip().rpartition(b"\n")[2]
-        if code and (last.startswith(b"MemoryError") or b"_ArrayMemoryError:" in last):
+        # The server tells no more than this text; at least it must be that of a traceback.
+        traced = code == 1 and b"Traceback (most recent call last):" in err
+        if traced and (last.startswith(b"MemoryError") or b"_ArrayMemoryError:" in last):
             return Execution(texts[0], texts[1], "memory_limit", seconds, f"more than {self.memory_mb} MiB of memory")
         return Execution(texts[0], texts[1], "error" if code else "ok", seconds, f"exit status {code}" if code else "")
 
-    def _call(self, client: httpx.Client, code: str) -> Execution:
-        """One call that the server is held to; a time-out that may be the server's is checked with a canary."""
+    def _call(self, client: httpx.Client, closing: threading.Event, code: str) -> Execution:
+        """One call; a time-out that may be the server's is checked with a canary. Raises _ServerFailed."""
+        if closing.is_set():
+            raise _ServerFailed("the sandbox was closed")
         result = self._post(client, code)
         if result.status == "time_limit" and not result.stdout and not result.stderr:
-            with self._lock:
-                self._silent += 1
-                suspicious = self._silent >= self.suspicion
-            if suspicious:
-                self._prove(client)
-                with self._lock:
-                    self._silent = 0
+            self._vouch(client, closing)
         else:
-            with self._lock:
-                self._silent = 0
+            self._vouched = 0
         return result
 
-    def _run(self, client: httpx.Client, code: str) -> Execution:
+    def _vouch(self, client: httpx.Client, closing: threading.Event) -> None:
+        """Returns if the server runs programs now, or did a moment ago. Raises _ServerFailed."""
+        arrived = time.monotonic()
+        with self._canary:
+            if arrived <= self._proven:  # another call's canary passed while this one waited
+                return
+            if arrived <= self._refuted:
+                raise _ServerFailed("time-outs without output, and a program that prints a word failed, too")
+            self._vouched += 1
+            if self._vouched <= self.suspicion and arrived - self._proven <= PROVEN_S:
+                return
+            if closing.is_set():
+                raise _ServerFailed("the sandbox was closed")
+            try:
+                self._prove(client)
+            except _ServerFailed:
+                self._proven, self._refuted = -math.inf, time.monotonic()
+                raise
+            self._proven, self._vouched = time.monotonic(), 0
+
+    def _run(self, client: httpx.Client, closing: threading.Event, code: str) -> Execution:
         attempts = Retrying(
             retry=retry_if_exception_type(_ServerFailed),
-            stop=stop_after_attempt(self.retries + 1),
+            stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(closing),
             wait=wait_random_exponential(multiplier=self.backoff_s, max=30),
+            sleep=sleep_using_event(closing),
         )
         try:
-            return attempts(self._call, client, code)
+            return attempts(self._call, client, closing, code)
         except RetryError as error:
             return Execution("", "", "infrastructure", detail=str(error.last_attempt.exception()))
 
@@ -179,16 +213,20 @@ class SandboxFusion:
         self.start()
         with self._lock:
             if self._threads is not None and self._client is not None:
-                return self._threads.submit(self._run, self._client, code)
+                return self._threads.submit(self._run, self._client, self._closing, code)
         future: Future[Execution] = Future()  # closed meanwhile by another thread
         future.set_result(Execution("", "", "infrastructure", detail="the sandbox was closed"))
         return future
 
     def close(self) -> None:
-        """Wait for the calls under way and close the connections. May be called twice."""
+        """Wait for the requests under way and close the connections. May be called twice.
+
+        Calls that are in the queue or about to be repeated end as infrastructure failures, without another request.
+        """
         with self._lock:
             threads, client = self._threads, self._client
             self._threads = self._client = None
+            self._closing.set()
         if threads is not None and client is not None:
             threads.shutdown(wait=True)
             client.close()

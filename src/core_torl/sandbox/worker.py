@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Command:
 
 
 class Worker:
-    """Starts in the constructor; ``wait_until_ready`` before the first ``run``. One caller at a time.
+    """Starts in the constructor, or raises WorkerLost. ``wait_until_ready`` before ``run``. One caller at a time.
 
     Must be made in a thread that lives as long as the worker: the kernel ends a process whose ``die-with-parent`` is
     set when the *thread* that started it ends.
@@ -49,28 +49,29 @@ class Worker:
     def __init__(self, command: Command, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.served = 0
-        with tempfile.TemporaryFile() as log:
-            self._log = os.dup(log.fileno())
-        # A socket, for it can be shut down from another thread while this one uses it.
-        self._requests, theirs = socket.socketpair()
-        try:
-            self.process = subprocess.Popen(
-                command.arguments,
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-                pass_fds=command.descriptors,
-                start_new_session=True,
-                bufsize=0,
-                cwd="/",
-            )
-        except OSError as error:
-            self._requests.close()
-            os.close(self._log)
-            raise WorkerLost(str(error)) from error
-        finally:
-            theirs.close()
+        with ExitStack() as undo:
+            try:
+                with tempfile.TemporaryFile() as log:
+                    self._log = os.dup(log.fileno())
+                undo.callback(os.close, self._log)
+                # A socket, for it can be shut down from another thread while this one uses it.
+                self._requests, theirs = socket.socketpair()
+                undo.callback(self._requests.close)
+                with theirs:
+                    self.process = subprocess.Popen(
+                        command.arguments,
+                        stdin=theirs.fileno(),
+                        stdout=subprocess.PIPE,
+                        stderr=self._log,
+                        env={"PATH": os.environ.get("PATH", os.defpath)},
+                        pass_fds=command.descriptors,
+                        start_new_session=True,
+                        bufsize=0,
+                        cwd="/",
+                    )
+            except OSError as error:  # no descriptors, no room, no processes left: another try may find some
+                raise WorkerLost(str(error)) from error
+            undo.pop_all()
         assert self.process.stdout is not None
         self._stdout = self.process.stdout
 
@@ -95,21 +96,35 @@ class Worker:
         except OSError as error:
             raise WorkerLost(f"the worker does not listen: {error.strerror}") from error
         head = self._head(deadline)
-        out, err = (self._read(head[name], deadline).decode("utf-8", "replace") for name in ("out", "err"))
+        try:
+            sizes = int(head["out"]), int(head["err"])
+            if min(sizes) < 0:
+                raise ValueError(sizes)
+            out, err = (self._read(size, deadline).decode("utf-8", "replace") for size in sizes)
+            result = Execution(out, err, head["status"], float(head["seconds"]), head["detail"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WorkerLost("the worker speaks nonsense") from error
         self.served += 1
-        return Execution(out, err, head["status"], head["seconds"], head["detail"])
+        return result
 
     def _head(self, deadline: float) -> dict[str, Any]:
         (size,) = struct.unpack("!I", self._read(4, deadline))
-        if size > _MAX_HEAD:
+        try:
+            head = json.loads(self._read(size, deadline)) if size <= _MAX_HEAD else None
+        except ValueError:
+            head = None
+        if not isinstance(head, dict):
             raise WorkerLost("the worker speaks nonsense")
-        return json.loads(self._read(size, deadline))
+        return head
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts = []
         while size:
             self._wait(self._stdout.fileno(), select.POLLIN, deadline)
-            part = os.read(self._stdout.fileno(), min(size, 1 << 20))
+            try:
+                part = os.read(self._stdout.fileno(), min(size, 1 << 20))
+            except OSError as error:
+                raise WorkerLost(f"the worker cannot be read: {error.strerror}") from error
             if not part:
                 raise WorkerLost("the worker ended")
             parts.append(part)
@@ -136,5 +151,6 @@ class Worker:
             with suppress(ProcessLookupError):
                 self.process.kill()  # what is inside dies with it
             self.process.wait()
-        self._stdout.close()
-        os.close(self._log)
+        finally:
+            self._stdout.close()
+            os.close(self._log)

@@ -5,7 +5,8 @@ and the answer goes on behind them. Nothing is decoded and encoded again: the to
 that are trained, and ``ToolCall.start`` and ``end`` say exactly which ones it did not draw.
 
 Each answer is on its own. As soon as its result is back it goes on, while others are generated and others wait; the
-embedded sampler keeps what it has read of an answer that waits. Draws depend on a row's seed and place alone, so the
+embedded sampler keeps what it has read of an answer that waits. Where all that the sampler takes at once waits for
+programs, it begins with the next. Draws depend on a row's seed and place alone, so the
 order in which results come back changes nothing.
 
 ``call_budget`` (C) counts programs that were run. A turn that opens an output without a program costs nothing and is
@@ -17,21 +18,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
 from core_torl.code_blocks import OUTPUT, POLICIES, python_blocks, select
 from core_torl.sampler.generate_session import GenerateSession
-from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session
+from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session, token_limit
 from core_torl.sandbox.protocol import Execution, Sandbox
 from core_torl.trajectory import Finish, Sample, ToolCall
 
 NOTICES = ("none", "message", "forbid_output")
+_PARTS_AT_ONCE = 4  # parts of which some answers may wait for programs
+Results: TypeAlias = "SimpleQueue[tuple[_Loop, int, Future[Execution]]]"
 
 
 class ObservationRules(Protocol):
@@ -79,13 +83,35 @@ class ToolSampler:
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
         """Samples in the order of the requests, their calls among their tokens."""
         sampling = sampling or self.sampling
-        watching = dataclasses.replace(sampling, stop=(*sampling.stop, OUTPUT))
-        samples: list[list[Sample]] = []
-        for part in self._parts(requests):
-            with self._session(part, watching) as session:
-                flat = iter(_Loop(self, session, sum(r.n for r in part), watching).run())
-            samples += [[next(flat) for _ in range(r.n)] for r in part]
-        return samples
+        parts = deque(self._parts([_watching(r, sampling) for r in requests]))
+        loops: list[_Loop] = []
+        results: Results = SimpleQueue()
+        with ExitStack() as sessions:
+            while parts or any(loop.unfinished for loop in loops):
+                running = any(loop.session.running for loop in loops)
+                at_once = sum(loop.unfinished for loop in loops)
+                if parts and not running and at_once < _PARTS_AT_ONCE:
+                    # What the sampler takes at once is under way; while all of it waits for programs, the next begins.
+                    part = parts.popleft()
+                    session = sessions.enter_context(self._session(part, sampling))
+                    loops.append(_Loop(self, session, part, sampling, results))
+                    continue
+                self._take(results, wait=not running)
+                for loop in loops:
+                    loop.advance()
+        flat = (sample for loop in loops for sample in loop.samples())
+        return [[next(flat) for _ in range(r.n)] for r in requests]
+
+    @staticmethod
+    def _take(results: Results, wait: bool) -> None:
+        """Send on every row whose result is there; wait for one if nothing else can be done."""
+        while True:
+            try:
+                loop, row, future = results.get(block=wait)
+            except Empty:
+                return
+            wait = False
+            loop.observe(row, future)
 
     def _parts(self, requests: Sequence[SampleRequest]) -> Iterator[Sequence[SampleRequest]]:
         """What the sampler takes at once."""
@@ -133,35 +159,43 @@ def encode_plainly(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"])
 
 
-class _Loop:
-    """One session from its first token to its last."""
+def _watching(request: SampleRequest, sampling: SamplingConfig) -> SampleRequest:
+    """The request, with the marker that asks for a run among its stop strings."""
+    return dataclasses.replace(request, stop=(*(sampling.stop if request.stop is None else request.stop), OUTPUT))
 
-    def __init__(self, tools: ToolSampler, session: Session, rows: int, sampling: SamplingConfig) -> None:
-        self.tools, self.session, self.sampling = tools, session, sampling
-        self.calls: list[list[ToolCall]] = [[] for _ in range(rows)]
-        self.turn_start = [0] * rows  # the first token behind the last observation
+
+class _Loop:
+    """One session from its first token to its last. ``results`` gets (loop, row, future) as programs end."""
+
+    def __init__(
+        self,
+        tools: ToolSampler,
+        session: Session,
+        requests: Sequence[SampleRequest],
+        sampling: SamplingConfig,
+        results: Results,
+    ) -> None:
+        self.tools, self.session, self.results = tools, session, results
+        of_row = [r for r in requests for _ in range(r.n)]
+        self.limit = [token_limit(r, sampling) for r in of_row]
+        self.stops = [r.stop or (OUTPUT,) for r in of_row]
+        self.calls: list[list[ToolCall]] = [[] for _ in of_row]
+        self.turn_start = [0] * len(of_row)  # the first token behind the last observation
         self.finished: dict[int, Sample] = {}
         self.waiting: dict[int, str] = {}  # rows whose program runs
-        self.results: SimpleQueue[tuple[int, Future[Execution]]] = SimpleQueue()
 
-    def run(self) -> list[Sample]:
-        while self.session.running or self.waiting:
-            self._take_results()
-            if self.session.running:
-                for row in self.session.advance():
-                    self._end_of_turn(row)
+    @property
+    def unfinished(self) -> bool:
+        return len(self.finished) < len(self.calls)
+
+    def samples(self) -> list[Sample]:
         return [self.finished[row] for row in range(len(self.calls))]
 
-    def _take_results(self) -> None:
-        """Send on every row whose result is there; if nothing else can be done, wait for one."""
-        block = bool(self.waiting) and not self.session.running
-        while True:
-            try:
-                row, future = self.results.get(block=block)
-            except Empty:
-                return
-            block = False
-            self._observe(row, future)
+    def advance(self) -> None:
+        """A step of every running row."""
+        if self.session.running:
+            for row in self.session.advance():
+                self._end_of_turn(row)
 
     def _end_of_turn(self, row: int) -> None:
         answer = self.session.answer(row)
@@ -174,13 +208,14 @@ class _Loop:
         if code is not None:
             self.waiting[row] = code
             future = self.tools.sandbox.submit(code)
-            future.add_done_callback(lambda done: self.results.put((row, done)))
-        elif len(answer.token_ids) < self.sampling.max_new_tokens:
-            self.session.resume(row, (), self.sampling.stop)  # an output of nothing: the policy is on its own
+            future.add_done_callback(lambda done: self.results.put((self, row, done)))
+        elif len(answer.token_ids) < self.limit[row]:
+            self.session.resume(row, (), self.stops[row])  # an output of nothing: the policy is on its own
         else:
             self._finish(row, answer, "length")
 
-    def _observe(self, row: int, future: Future[Execution]) -> None:
+    def observe(self, row: int, future: Future[Execution]) -> None:
+        """Append what came out of a row's program, and send the row on."""
         code, answer, calls = self.waiting.pop(row), self.session.answer(row), self.calls[row]
         try:
             execution = future.result()
@@ -195,15 +230,14 @@ class _Loop:
         if not left and self.tools.budget_notice == "message":
             text = f"{text}\n{self.tools.notice}"
         ids = self.tools.observed(text, self.tools.decode(answer.token_ids[self.turn_start[row] :]))
-        if place + len(ids) >= self.sampling.max_new_tokens:
+        if place + len(ids) >= self.limit[row]:
             # No room for the observation and a token more: cut here, with what the policy wrote so far.
             calls.append(ToolCall(code, execution.status, text, place, place, execution.seconds))
             return self._finish(row, answer, "length")
         calls.append(ToolCall(code, execution.status, text, place, place + len(ids), execution.seconds))
         self.turn_start[row] = place + len(ids)
         watch = left > 0 or self.tools.budget_notice == "forbid_output"
-        stops = self.sampling.stop if watch else tuple(s for s in self.sampling.stop if s != OUTPUT)
-        self.session.resume(row, ids, stops)
+        self.session.resume(row, ids, self.stops[row] if watch else self.stops[row][:-1])
 
     def _finish(self, row: int, answer: Sample, finish: Finish | None = None) -> None:
         if finish is not None:

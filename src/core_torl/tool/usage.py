@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core_torl.code_blocks import Block, output_spans, python_blocks
+from core_torl.code_blocks import OUTPUT, Block, output_spans, python_blocks
 from core_torl.trajectory import ToolCall, Trajectory
 
 Ratio = tuple[float, float]  # numerator, denominator
@@ -29,7 +29,9 @@ class _Response:
         self.blocks: list[tuple[int, Block]] = []  # (turn, block)
         self.boxes: list[tuple[int, int, str]] = []  # (turn, place, what stands in it), outside code and outputs
         self.void = 0
-        outputs = 0
+        self.invented = 0  # output blocks that no run has answered
+        # Turns that ended by asking for a run: those that got one, and one that was cut because no call was left.
+        asked = len(trajectory.sample.calls) + (trajectory.sample.stop == OUTPUT)
         for turn, text in enumerate(trajectory.turns):
             blocks, spans = python_blocks(text), output_spans(text)
             covered = [(b.start, b.end) for b in blocks] + spans
@@ -37,9 +39,9 @@ class _Response:
             self.blocks += [(turn, b) for b in blocks]
             self.boxes += [(turn, m.start(), _inside(text, m.end())) for m in boxes]
             self.void += not blocks and not boxes
-            outputs += len(spans)
+            answered = turn < asked and bool(spans) and spans[-1][1] == len(text)
+            self.invented += len(spans) - answered
         self.turns = len(trajectory.turns)
-        self.invented = outputs - len(trajectory.sample.calls)  # output blocks that no run answered
 
     @property
     def before_answer(self) -> int:
@@ -126,6 +128,7 @@ def usage(trajectories: Sequence[Trajectory], call_budget: int) -> dict[str, Rat
         "tool/observation_tokens": (sum(c.end - c.start for c in calls), n),
         "tool/trainable_fraction": (sum(sum(t.sample.sampled) for t in kept), sum(tokens)),
         "tool/void_turn_ratio": (sum(r.void for r in responses), sum(r.turns for r in responses)),
+        "tool/void_answer_ratio": (sum(r.void > 0 for r in responses), n),
         "tool/self_correction_ratio": (sum(r.self_corrected for r in responses), n),
         "tool/cross_check_ratio": (sum(r.cross_checked for r in responses), n),
         "tool/revision_ratio": (sum(r.revised for r in responses), n),
@@ -134,7 +137,7 @@ def usage(trajectories: Sequence[Trajectory], call_budget: int) -> dict[str, Rat
 
 def latencies(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Median and 95th percentile of the programs' seconds on the clock; 0 if nothing was run."""
-    seconds = [c.seconds for t in trajectories for c in t.sample.calls] or [0.0]
+    seconds = [c.seconds for t in trajectories for c in t.sample.calls if c.status != "infrastructure"] or [0.0]
     return {f"tool/latency_p{q}_s": float(np.percentile(seconds, q)) for q in (50, 95)}
 
 

@@ -54,8 +54,8 @@ _REWARD = (
     Metric("group/zero_variance", SHARE, "groups whose rewards are all equal: they teach nothing"),
 )
 _ROLLOUT = (
-    Metric("rollout/length_mean", "tokens", "mean length of an answer"),
-    Metric("rollout/length_max", "tokens", "longest answer of the step"),
+    Metric("rollout/length_mean", "tokens", "mean length of an answer, observations of tools left out"),
+    Metric("rollout/length_max", "tokens", "longest answer of the step, observations of tools left out"),
     Metric("rollout/truncated", SHARE, "answers cut by the token limit"),
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens over the wall time of sampling, all ranks"),
 )
@@ -130,6 +130,9 @@ _TOOL = (
     Metric("tool/observation_tokens", "tokens", "tokens of observations in an answer, on average"),
     Metric("tool/trainable_fraction", SHARE, "tokens of answers that the policy drew itself"),
     Metric("tool/void_turn_ratio", SHARE, "turns with neither a closed python block nor a box"),
+    Metric(
+        "tool/void_answer_ratio", SHARE, "answers with such a turn: those that variant.void_turns=mask does not train"
+    ),
     Metric("tool/self_correction_ratio", SHARE, "answers that are right after a failed run and a later good one"),
     Metric("tool/cross_check_ratio", SHARE, "answers with a box before a good run"),
     Metric("tool/revision_ratio", SHARE, "answers whose last box differs from one before an observation"),

@@ -39,6 +39,7 @@ from core_torl.variant.gradients import (
     sum_over_ranks,
     take_gradients,
 )
+from core_torl.variant.judging import Judging
 from core_torl.variant.step_metrics import StepMetrics, group_metrics
 
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
@@ -128,8 +129,7 @@ class PolicyGradient(pl.LightningModule):
         torch.manual_seed(stream_seed(self.seed, "step", step, self.global_rank) % 2**63)
         self._now, started = StepMetrics(self.coached), time.perf_counter()
         self._drawn = [0, 0]  # trajectories and tokens sampled in this step, primed ones included
-        # Of all ranks: trajectories without a score, those that a reward saw, aborted ones, all.
-        self._judging = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._judging = Judging(step, self.max_excluded, self.max_aborted, self._sum_over_ranks, self.device)
         with self._now.timed("time/sample_s"):
             groups = self.sample(self._problems_of(step))
         with self._now.timed("time/reward_s"):
@@ -180,31 +180,8 @@ class PolicyGradient(pl.LightningModule):
         return Trajectory.of(problem, prompt_ids, sample, self.policy.decode)
 
     def reward(self, groups: Sequence[Group]) -> None:
-        """Score every trajectory in place; one whose sandbox failed gets no score.
-
-        Raises RuntimeError when too many could not be judged, or were lost to the sandbox.
-        """
-        every = [t for g in groups for t in g.trajectories]
-        flat = [t for t in every if not t.aborted]
-        for trajectory, score in zip(flat, self._parts["reward"].score(flat), strict=True):
-            trajectory.score = score
-        unjudged = sum(t.score is None or t.score.value is None for t in flat)
-        # Of all ranks: one that stopped alone would leave the others waiting. And of the whole step: two timeouts among
-        # two primed answers are no broken reward.
-        counts = torch.tensor([unjudged, len(flat), len(every) - len(flat), len(every)])
-        self._judging += self._sum_over_ranks(counts.to(self._judging))
-        unjudged, judged, aborted, total = self._judging.tolist()
-        if aborted > self.max_aborted * total:
-            raise RuntimeError(
-                f"{aborted / total:.0%} of the answers of RL step {self.rl_step} were lost because the sandbox failed "
-                f"(variant.max_aborted={self.max_aborted}): mend the sandbox, give it more workers, or lower the load"
-            )
-        if unjudged > self.max_excluded * judged:
-            raise RuntimeError(
-                f"{unjudged / judged:.0%} of the trajectories of RL step {self.rl_step} could not be judged "
-                f"(variant.max_excluded={self.max_excluded}): look at reward/outcome/*, mend the reward or raise "
-                "reward.timeout_s"
-            )
+        """Score every trajectory in place; one whose sandbox failed gets no score. Raises RuntimeError, see Judging."""
+        self._judging.score(self._parts["reward"], [t for g in groups for t in g.trajectories])
 
     def intervene(self, groups: list[Group]) -> list[Group]:
         """What is changed between scoring and learning: a coach adds answers, a filter drops some. Here: nothing."""

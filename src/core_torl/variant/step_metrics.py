@@ -41,7 +41,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     flat = [t for g in groups for t in g.trajectories]
     scores = [t.score for t in flat if t.score is not None]
     judged = [s for s in scores if s.value is not None]
-    lengths = [len(t.token_ids) for t in flat]
+    whole = [t for t in flat if not t.aborted]
+    lengths = [sum(t.sample.sampled) for t in whole] or [0]
     by_group = [[t.score for t in g.trajectories if t.score is not None and t.score.value is not None] for g in groups]
     count = len(groups)
     return {
@@ -54,7 +55,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "group/zero_variance": sum(len({s.value for s in group}) < 2 for group in by_group) / count,
         "rollout/length_mean": sum(lengths) / len(lengths),
         "rollout/length_max": max(lengths),
-        "rollout/truncated": sum(t.truncated for t in flat) / len(flat),
+        "rollout/truncated": sum(t.truncated for t in whole) / max(1, len(whole)),
     }
 
 
