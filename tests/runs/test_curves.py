@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from core_torl.config.errors import UserError
-from core_torl.runs.curves import cell_lines, check_metrics, first_and_last, metric_lines, smooth, values_of
+from core_torl.evaluation.statistics import t_mean
+from core_torl.runs.curves import cell_lines, check_metrics, first_and_last, metric_lines, seed_mean, smooth, values_of
 from core_torl.runs.finished import Group, Run
 from core_torl.tracking.metrics import STEP
 
@@ -50,7 +51,7 @@ def test_a_mean_over_seeds_with_the_t_interval():
     assert (line.cell, line.seed, line.seeds, [step for step, _ in line.points]) == ("a", None, 3, [1, 2])
     first, second = (e for _, e in line.points)
     half = T_975[2] * math.sqrt(7 / 3)  # variance (4 + 1 + 9) / 2 = 7
-    assert (first.value, first.low, first.high) == pytest.approx((3, 3 - half, 3 + half))
+    assert (first.value, first.low, first.high) == pytest.approx((3, max(0, 3 - half), 3 + half))
     assert (second.value, second.low, second.high, second.n) == (4, 4, 4, 3)
 
 
@@ -134,8 +135,8 @@ def test_first_and_last_by_hand():
     assert row["runs"] == {0: {"first": 5.5, "last": 15.5}, 1: {"first": 7.5, "last": 17.5}}, "step 0 is before it"
     half = T_975[1] * 1.0  # standard deviation sqrt(2) over sqrt(2)
     first, last = row["first"], row["last"]
-    assert (first.value, first.low, first.high, first.n) == pytest.approx((6.5, 6.5 - half, 6.5 + half, 2))
-    assert (last.value, last.high - last.low) == pytest.approx((16.5, 2 * half))
+    assert (first.value, first.low, first.high, first.n) == pytest.approx((6.5, max(0, 6.5 - half), 6.5 + half, 2))
+    assert (last.value, last.high - last.value) == pytest.approx((16.5, half))
 
 
 def test_first_and_last_of_one_seed_gaps_and_short_runs():
@@ -254,3 +255,19 @@ def test_mistakes_read_as_one_line(sweep: Path, report, arguments, says):
     assert (code, out) == (2, "")
     assert says in err and err.startswith("core-torl: ") and err.count("\n") == 1
     assert not where.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "low", "high"),
+    [
+        ("time/step_s", [0.1, 5.0, 0.1], 0.0, None),
+        ("tool/code_ratio", [0.0, 1.0, 0.9], 0.0, 1.0),
+        ("tool/calls_per_response", [0.1, 3.0, 0.1], 0.0, None),
+        ("reward/mean", [-1.0, 1.0, -0.9], None, None),
+        ("loss/policy", [-0.1, 0.1, 0.0], None, None),
+    ],
+)
+def test_an_interval_ends_where_such_values_do(name, values, low, high):
+    free, bound = t_mean(values), seed_mean(name, values, 0.95)
+    assert free.low < 0 and free.high > max(values) and bound.value == free.value
+    assert bound.low == (free.low if low is None else low) and bound.high == (free.high if high is None else high)

@@ -309,3 +309,35 @@ class LoggerConfig:
 class PathsConfig:
     root: str = MISSING
     output_dir: str = MISSING
+
+
+@dataclass
+class SandboxConfig:
+    _target_: str = MISSING
+
+
+@dataclass
+class ProcessSandboxConfig(SandboxConfig):
+    workers: int | None = MISSING
+    timeout_s: float = MISSING
+    cpu_s: float = MISSING
+    memory_mb: int = MISSING
+    processes: int = MISSING
+    file_mb: int = MISSING
+    scratch_mb: int = MISSING
+    output_bytes: int = MISSING
+    retries: int = MISSING
+    recycle_after: int = MISSING
+    allow_unsafe: bool = MISSING
+
+
+@dataclass
+class SandboxFusionConfig(SandboxConfig):
+    url: str | None = MISSING
+    concurrency: int = MISSING
+    timeout_s: float = MISSING
+    memory_mb: int = MISSING
+    output_bytes: int = MISSING
+    retries: int = MISSING
+    backoff_s: float = MISSING
+    suspicion: int = MISSING

@@ -32,10 +32,13 @@ from core_torl.config.group_schema import (
     ObservationConfig,
     PathsConfig,
     PrefixConfig,
+    ProcessSandboxConfig,
     PromptConfig,
     RandomRewardConfig,
     ReplacementConfig,
     SameSectionConfig,
+    SandboxConfig,
+    SandboxFusionConfig,
     ToolConfig,
     TorlConfig,
     TorlProblemsConfig,
@@ -133,38 +136,6 @@ class ReportConfig:
     title: str | None = MISSING
     output: str = MISSING
     paths: Any = MISSING
-
-
-@dataclass
-class SandboxConfig:
-    _target_: str = MISSING
-
-
-@dataclass
-class ProcessSandboxConfig(SandboxConfig):
-    workers: int = MISSING
-    timeout_s: float = MISSING
-    cpu_s: float = MISSING
-    memory_mb: int = MISSING
-    processes: int = MISSING
-    file_mb: int = MISSING
-    scratch_mb: int = MISSING
-    output_bytes: int = MISSING
-    retries: int = MISSING
-    recycle_after: int = MISSING
-    allow_unsafe: bool = MISSING
-
-
-@dataclass
-class SandboxFusionConfig(SandboxConfig):
-    url: str | None = MISSING
-    concurrency: int = MISSING
-    timeout_s: float = MISSING
-    memory_mb: int = MISSING
-    output_bytes: int = MISSING
-    retries: int = MISSING
-    backoff_s: float = MISSING
-    suspicion: int = MISSING
 
 
 # (config group, its options) -> dataclass. The group `schema` keeps them out of the list of a group's options.

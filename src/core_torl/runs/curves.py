@@ -20,10 +20,12 @@ from core_torl.evaluation.statistics import Estimate, t_mean
 from core_torl.runs.finished import Group
 from core_torl.tracking.curves import BAND_FROM, Line
 from core_torl.tracking.figures import series
-from core_torl.tracking.metrics import SHARE, STEP, find
+from core_torl.tracking.metrics import NAT, SHARE, STEP, find
 from core_torl.tracking.mirror import read_jsonl
 
 Histories = Mapping[Path, Sequence[Mapping[str, Any]]]  # folder of a run -> its logged rows
+
+_SIGNED = (NAT, "nat/token", "reward")  # units of numbers that may be negative
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -177,11 +179,12 @@ def _ends(values: Mapping[int, float], last: int, steps: int) -> tuple[float | N
 
 
 def seed_mean(name: str, values: Sequence[float], confidence: float) -> Estimate:
-    """Mean over seeds with its t-interval, which for a share ends at 0 and 1."""
+    """Mean over seeds with its t-interval, which ends where such values do: no share above 1, no time below 0."""
     found, known = t_mean(values, confidence), find(name)
-    if known is None or known.unit != SHARE or not math.isfinite(found.low):
+    if known is None or known.unit in _SIGNED or not math.isfinite(found.low):
         return found
-    return dataclasses.replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    highest = 1.0 if known.unit == SHARE else math.inf
+    return dataclasses.replace(found, low=max(0.0, found.low), high=min(highest, found.high))
 
 
 def _last_step(rows: Sequence[Mapping[str, Any]]) -> int:

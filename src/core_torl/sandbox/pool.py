@@ -166,6 +166,11 @@ def _stop(state: _State) -> None:
     state.plan.close()
 
 
+def default_workers() -> int:
+    """One for each processor core that this process may use, at most 16; every rank has its own."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
 class ProcessSandbox(ABC):
     """What the sandboxes made of local processes have in common. Arguments as in conf/sandbox/bubblewrap.yaml.
 
@@ -177,7 +182,7 @@ class ProcessSandbox(ABC):
 
     def __init__(
         self,
-        workers: int = 2,
+        workers: int | None = None,
         timeout_s: float = 10.0,
         cpu_s: float = 10.0,
         memory_mb: int = 1024,
@@ -189,6 +194,7 @@ class ProcessSandbox(ABC):
         recycle_after: int = 1000,
         allow_unsafe: bool = False,
     ) -> None:
+        workers = default_workers() if workers is None else workers
         for key, value, least in (
             ("workers", workers, 1),
             ("memory_mb", memory_mb, 256),
