@@ -209,7 +209,7 @@ def test_only_sets_that_are_called_primed_show_the_concept(limit):
     def results(primed):
         asked.clear()
         evaluation = Evaluation(permutations=1, primed=primed, max_problems=limit)
-        found = evaluate_now(Parts(problems, None, Reward(), evaluation, type("P", (), {"tokenizer": Words()}), Recorder(), encode, None))  # fmt: skip
+        found = evaluate_now(Parts(problems, None, Reward(), evaluation, None, type("P", (), {"tokenizer": Words()}), Recorder(), encode, None))  # fmt: skip
         return {r.name: [i.uid for i in r.items] for r in found}, [
             [bytes(r.prompt_ids).decode() for r in requests] for requests in asked
         ]
