@@ -32,7 +32,7 @@ demo: $(VENV)/.run  ## train CORE-KL and CORE-Base on concept quizzes, on CPU, a
 demo-torl: $(VENV)/.run bubblewrap  ## train ToRL with two calls an answer in the calculation world, and show answers before and after
 	$(BIN)/core-torl-train experiment=torl_demo hydra.run.dir=outputs/demo_torl $(ARGS)
 	@$(BIN)/core-torl-report runs=outputs/demo_torl 'by=[variant]' 'sets=[one_stage,two_stage]' headline=two_stage/greedy/accuracy \
-	  'curves=[reward/accuracy,tool/code_ratio,tool/pass_ratio,tool/calls_per_response]' title='ToRL, two calls an answer' \
+	  'curves=[reward/accuracy,tool/code_ratio,tool/pass_ratio,tool/calls_per_response]' title='ToRL with two calls an answer' \
 	  output=outputs/demo_torl/report
 	@cat outputs/demo_torl/transcripts.md
 
