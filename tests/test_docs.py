@@ -29,6 +29,8 @@ def commands() -> list[tuple[str, str, str]]:
     for path in DOCS:
         for match in COMMAND.finditer(path.read_text()):
             found.append((str(path.relative_to(ROOT)), match[1], match[2].strip()))
+    recipes = (ROOT / "Makefile").read_text().replace("\\\n", " ").replace("$(ARGS)", "")
+    found += [("Makefile", match[1], match[2].strip()) for match in COMMAND.finditer(recipes)]
     return found
 
 

@@ -63,7 +63,7 @@ class _Fence:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """Everything found in a text, in order: closed blocks, output blocks, and programs that nothing closes."""
 
     blocks: list[Block]
@@ -73,7 +73,7 @@ class _Layout:
 
 def python_blocks(text: str) -> list[Block]:
     """The closed python blocks of ``text``, in order; their spans do not overlap."""
-    return _layout(text).blocks
+    return layout(text).blocks
 
 
 def output_spans(text: str) -> list[tuple[int, int]]:
@@ -82,7 +82,7 @@ def output_spans(text: str) -> list[tuple[int, int]]:
     It ends before a python block or another output block that starts inside it. A turn that asks for a run ends with
     the opening fence, and that counts here as an unclosed block without content.
     """
-    return _layout(text).outputs
+    return layout(text).outputs
 
 
 def outside_blocks(text: str) -> str:
@@ -90,8 +90,8 @@ def outside_blocks(text: str) -> str:
 
     A program that nothing closes is left out too: it is code as far as it goes, to the next python fence or to the end.
     """
-    layout = _layout(text)
-    spans = [(block.start, block.end) for block in layout.blocks] + layout.outputs + layout.unclosed
+    found = layout(text)
+    spans = [(block.start, block.end) for block in found.blocks] + found.outputs + found.unclosed
     kept, place = [], 0
     for start, end in sorted(spans):
         kept.append(text[place:start])
@@ -114,9 +114,10 @@ def select(blocks: Sequence[Block], policy: str) -> str | None:
     return blocks[-1 if policy == "last" else 0].code
 
 
-def _layout(text: str) -> _Layout:
+def layout(text: str) -> Layout:
+    """All blocks of ``text`` at once; the other functions are views of it."""
     fences = list(_fences(text))
-    found = _Layout([], [], [])
+    found = Layout([], [], [])
     left = [_PARSED_PER_TEXT * len(text)]  # characters that may still be parsed; a list, as _closing spends from it
     i = 0
     while i < len(fences):

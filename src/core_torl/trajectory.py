@@ -62,6 +62,11 @@ class Sample:
         return tuple(mask)
 
     @property
+    def drawn(self) -> int:
+        """How many tokens the policy drew: ``sum(sampled)``, without building the mask."""
+        return len(self.token_ids) - sum(call.end - call.start for call in self.calls)
+
+    @property
     def turns(self) -> tuple[tuple[int, ...], ...]:
         """The policy's own tokens, cut where observations stand."""
         cuts = [(call.start, call.end) for call in self.calls if call.end > call.start]

@@ -87,6 +87,8 @@ def test_it_writes_answers_before_and_after(tmp_path):
     assert process.wait(280) == 0, process.stderr.read()
     text = (tmp_path / "run" / "transcripts.md").read_text()
     assert text.count("\nBefore (") == text.count("\nAfter (") == 4 and "one_stage/greedy" in text
+    # Where bubblewrap fails another way takes its place: a result must say which one it came from.
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["run"]["sandbox"]["plan"] == "bubblewrap"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/two_stage/greedy/code_ratio" in row for row in rows)
 

@@ -13,12 +13,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def check_choice(key: str, value: str) -> None:
+    """Raises UserError, naming the nearest one that exists, for a value that ``key`` cannot have."""
+    if value not in CHOICES[key]:
+        raise UserError(f"{key}={value!r}: use one of {', '.join(CHOICES[key])}.{nearest(value, CHOICES[key])}")
+
+
 def check_choices(cfg: DictConfig) -> None:
-    """Raises UserError, naming the nearest one that exists, for a value that a key of ``CHOICES`` cannot have."""
-    for key, values in CHOICES.items():
+    """The same for every key of ``CHOICES`` that ``cfg`` has."""
+    for key in CHOICES:
         value = OmegaConf.select(cfg, key)
-        if value is not None and value not in values:
-            raise UserError(f"{key}={value!r}: use one of {', '.join(values)}.{nearest(value, values)}")
+        if value is not None:
+            check_choice(key, value)
 
 
 def check_tool(cfg: DictConfig) -> None:

@@ -199,7 +199,7 @@ def finish(
     picture = output / "results.png"
     title = f"{cfg.variant._target_.rsplit('.', 1)[-1]}, {module.rl_step} RL steps, seed {cfg.seed}"
     run = {"choices": choices(), "config": OmegaConf.to_container(cfg, resolve=True), "seed": cfg.seed,
-           "rl_steps": module.rl_step}  # fmt: skip
+           "rl_steps": module.rl_step, "sandbox": getattr(parts.sandbox, "isolation", None)}  # fmt: skip
     learning_curves_and_bars(read_jsonl(output / "metrics.jsonl"), *estimates, picture, title)
     tracker.log_picture("results", picture, rl_step=module.rl_step)
     write_results(

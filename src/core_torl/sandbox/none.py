@@ -1,6 +1,6 @@
 """No sandbox. Programs of a policy are not run at all; this is what ``sandbox=none`` means, not "run them unguarded".
 
-It guards against everything by refusing, and is the choice of every run without tools.
+It guards against everything by refusing. Runs without tools start no sandbox, whichever is chosen.
 """
 
 from __future__ import annotations

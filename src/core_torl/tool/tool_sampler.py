@@ -6,8 +6,8 @@ that are trained, and ``ToolCall.start`` and ``end`` say exactly which ones it d
 
 Each answer is on its own. As soon as its result is back it goes on, while others are generated and others wait; the
 embedded sampler keeps what it has read of an answer that waits. Where all that the sampler takes at once waits for
-programs, it begins with the next. Draws depend on a row's seed and place alone, so the
-order in which results come back changes nothing.
+programs, it begins with the next. Draws depend on a row's seed and place alone, so the order in which results come back
+changes nothing.
 
 ``call_budget`` (C) counts programs that were run. A turn that opens an output without a program costs nothing and is
 told nothing. The answer is always continued after the last call. When the sandbox itself fails, after its own retries,
@@ -27,13 +27,13 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from core_torl.code_blocks import OUTPUT, POLICIES, python_blocks, select
+from core_torl.code_blocks import OUTPUT, python_blocks, select
+from core_torl.config.tool_checks import check_choice
 from core_torl.sampler.generate_session import GenerateSession
 from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session, token_limit
 from core_torl.sandbox.protocol import Execution, Sandbox
 from core_torl.trajectory import Finish, Sample, ToolCall
 
-NOTICES = ("none", "message", "forbid_output")
 _PARTS_AT_ONCE = 4  # parts of which some answers may wait for programs
 Results: TypeAlias = "SimpleQueue[tuple[_Loop, int, Future[Execution]]]"
 
@@ -68,10 +68,8 @@ class ToolSampler:
     ) -> None:
         if call_budget < 1:
             raise ValueError(f"tool.call_budget={call_budget}: a sampler with tools needs at least 1")
-        if block_policy not in POLICIES:
-            raise ValueError(f"tool.block_policy={block_policy!r}: use one of {', '.join(POLICIES)}")
-        if budget_notice not in NOTICES:
-            raise ValueError(f"tool.budget_notice={budget_notice!r}: use one of {', '.join(NOTICES)}")
+        check_choice("tool.block_policy", block_policy)
+        check_choice("tool.budget_notice", budget_notice)
         self.sampler, self.sandbox, self.tokenizer, self.observation = sampler, sandbox, tokenizer, observation
         self.call_budget, self.block_policy, self.budget_notice = call_budget, block_policy, budget_notice
         self.notice = notice

@@ -1,6 +1,6 @@
 """How the policy uses its tools, as ratios of sums, so that they can be added over ranks and steps.
 
-The paper names six measures and leaves their denominators open (ToRL, section 4.1, Figure 5). Here each is written
+The paper names six measures and leaves their denominators open (ToRL, Figure 5). Here each is written
 down. Blocks are the closed python blocks that the policy wrote; runs are the programs that were run, failures of the
 sandbox left out; a response is one answer, aborted ones left out.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core_torl.code_blocks import OUTPUT, Block, output_spans, python_blocks
+from core_torl.code_blocks import OUTPUT, Block, layout
 from core_torl.trajectory import ToolCall, Trajectory
 
 Ratio = tuple[float, float]  # numerator, denominator
@@ -33,7 +33,8 @@ class _Response:
         # Turns that ended by asking for a run: those that got one, and one that was cut because no call was left.
         asked = len(trajectory.sample.calls) + (trajectory.sample.stop == OUTPUT)
         for turn, text in enumerate(trajectory.turns):
-            blocks, spans = python_blocks(text), output_spans(text)
+            found = layout(text)
+            blocks, spans = found.blocks, found.outputs
             covered = [(b.start, b.end) for b in blocks] + spans
             boxes = [m for m in _BOX.finditer(text) if not any(a <= m.start() < b for a, b in covered)]
             self.blocks += [(turn, b) for b in blocks]
@@ -126,7 +127,7 @@ def usage(trajectories: Sequence[Trajectory], call_budget: int) -> dict[str, Rat
         "tool/infrastructure_ratio": (sum(c.status == "infrastructure" for c in every), len(every)),
         "tool/aborted_ratio": (len(trajectories) - n, len(trajectories)),
         "tool/observation_tokens": (sum(c.end - c.start for c in calls), n),
-        "tool/trainable_fraction": (sum(sum(t.sample.sampled) for t in kept), sum(tokens)),
+        "tool/trainable_fraction": (sum(t.sample.drawn for t in kept), sum(tokens)),
         "tool/void_turn_ratio": (sum(r.void for r in responses), sum(r.turns for r in responses)),
         "tool/void_answer_ratio": (sum(r.void > 0 for r in responses), n),
         "tool/self_correction_ratio": (sum(r.self_corrected for r in responses), n),
@@ -142,5 +143,5 @@ def latencies(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def has_void_turn(trajectory: Trajectory) -> bool:
-    """Whether a turn holds neither a whole program nor a box (SimpleTIR, section 3.2)."""
+    """Whether a turn holds neither a whole program nor a box (SimpleTIR)."""
     return _Response(trajectory).void > 0

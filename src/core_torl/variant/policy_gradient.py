@@ -136,7 +136,7 @@ class PolicyGradient(pl.LightningModule):
             self.reward(groups)
         self._now.update(group_metrics(groups))
         self._now.per_second(
-            "rollout/tokens_per_s", sum(sum(t.sample.sampled) for g in groups for t in g.trajectories), "time/sample_s"
+            "rollout/tokens_per_s", sum(t.sample.drawn for g in groups for t in g.trajectories), "time/sample_s"
         )
         if self.coached:
             with self._now.timed("time/intervene_s"):
@@ -172,7 +172,7 @@ class PolicyGradient(pl.LightningModule):
         """One call of the sampler, counted."""
         groups = self.sampler.generate(requests)
         self._drawn[0] += sum(len(samples) for samples in groups)
-        self._drawn[1] += sum(sum(s.sampled) for samples in groups for s in samples)
+        self._drawn[1] += sum(s.drawn for samples in groups for s in samples)
         return groups
 
     def trajectory(self, problem: Problem, prompt_ids: tuple[int, ...], sample: Sample) -> Trajectory:

@@ -42,7 +42,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     scores = [t.score for t in flat if t.score is not None]
     judged = [s for s in scores if s.value is not None]
     whole = [t for t in flat if not t.aborted]
-    lengths = [sum(t.sample.sampled) for t in whole] or [0]
+    lengths = [t.sample.drawn for t in whole] or [0]
     by_group = [[t.score for t in g.trajectories if t.score is not None and t.score.value is not None] for g in groups]
     count = len(groups)
     return {

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from core_torl.config.tool_checks import check_choice
 from core_torl.tool.usage import has_void_turn, latencies, usage
 from core_torl.trajectory import Group
 from core_torl.variant.policy_gradient import PolicyGradient
-
-VOID_TURNS = ("keep", "mask")
 
 
 class ToRL(PolicyGradient):
     """GRPO with tools. ``tool_call_budget`` is C, the programs that one answer may have run; 0 is plain generation.
 
     ``void_turns`` "mask" leaves answers with a turn that holds neither a whole program nor a box out of the loss; they
-    still count in the statistics of their groups (SimpleTIR, arXiv 2509.02479, section 3.2).
+    still count in the statistics of their groups (SimpleTIR, arXiv 2509.02479).
 
     Raises:
         ValueError: a value is out of range; the message names its config key and the fix.
@@ -29,8 +28,7 @@ class ToRL(PolicyGradient):
     def __init__(self, *, tool_call_budget: int = 1, void_turns: str = "keep", **rest: Any) -> None:
         if tool_call_budget < 0:
             raise ValueError(f"variant.tool_call_budget={tool_call_budget}: must be 0 (no tools) or larger")
-        if void_turns not in VOID_TURNS:
-            raise ValueError(f"variant.void_turns={void_turns!r}: use keep or mask")
+        check_choice("variant.void_turns", void_turns)
         super().__init__(**rest)
         self.tool_call_budget, self.void_turns = tool_call_budget, void_turns
 
