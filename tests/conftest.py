@@ -1,6 +1,9 @@
-"""Small policies that several rooms' tests share; nothing here depends on how the shipped policy was trained."""
+"""What several rooms' tests share: small policies that no shipped policy decides, and the commands in this process."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -33,3 +36,25 @@ def make_tiny(tiny_tokenizer):
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def front_door(monkeypatch) -> Callable[..., int]:
+    """``front_door("train", "rl_steps=2")`` runs the command in this process and returns its exit code."""
+
+    def run(name: str, *arguments: str) -> int:
+        from importlib import import_module
+
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [f"core-torl-{name}", *arguments])
+        try:
+            import_module(f"core_torl.{name}").main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        return 0
+
+    return run

@@ -6,14 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from core_torl.config.app import run_app
+from core_torl.launch.app import run_app
 
 
 def task(cfg: DictConfig) -> Any:
     from core_torl.config.checks import check_report
 
     check_report(cfg)
-    from core_torl.runs.reporting import report
+    from core_torl.reports.comparing import report
 
     return report(cfg)
 

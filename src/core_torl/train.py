@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from core_torl.config.app import run_app
+from core_torl.launch.app import run_app
 
 
 def task(cfg: DictConfig) -> Any:

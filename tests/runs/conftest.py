@@ -1,33 +1,6 @@
-"""Front doors called in this process: the real command line without a second start of Python."""
+"""The smallest training run that has everything in it."""
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Callable
-
-import pytest
-from hydra.core.global_hydra import GlobalHydra
-
-
-@pytest.fixture
-def front_door(monkeypatch) -> Callable[..., int]:
-    """``front_door("train", "rl_steps=2")`` runs the command and returns its exit code."""
-
-    def run(name: str, *arguments: str) -> int:
-        from importlib import import_module
-
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", [f"core-torl-{name}", *arguments])
-        try:
-            import_module(f"core_torl.{name}").main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        return 0
-
-    return run
-
 
 SMALL = (
     "rl_steps=2", "group_size=4", "prompts_per_step=4", "evaluation.max_problems=6", "evaluation.samples=1",

@@ -17,7 +17,7 @@ from typing import Any
 
 from core_torl.config.errors import UserError
 from core_torl.evaluation.statistics import Estimate, t_mean
-from core_torl.runs.finished import Group
+from core_torl.reports.finished import Group
 from core_torl.tracking.curves import BAND_FROM, Line
 from core_torl.tracking.figures import series
 from core_torl.tracking.metrics import NAT, SHARE, STEP, find

@@ -1,8 +1,8 @@
 """A comparison of finished runs: one table, the numbers behind it, and its pictures.
 
-A cell holds the runs that differ in nothing but their seed; see ``runs.finished`` for how they are found. Accuracies
+A cell holds the runs that differ in nothing but their seed; see ``reports.finished`` for how they are found. Accuracies
 come from the rows per concept in ``results.json``, so that seeds and concepts can both be drawn; see
-``evaluation.comparison``. Metrics of the training itself come from ``metrics.jsonl``; see ``runs.curves``.
+``evaluation.comparison``. Metrics of the training itself come from ``metrics.jsonl``; see ``reports.histories``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rich.text import Text
 from core_torl.config.errors import UserError, nearest
 from core_torl.evaluation.comparison import Cell, cell_mean, holm_of_known, paired, share
 from core_torl.evaluation.statistics import Estimate
-from core_torl.runs.curves import Histories, first_and_last, metric_lines, read_histories
-from core_torl.runs.finished import Group, check_sets, find_runs, group, x_of
+from core_torl.reports.finished import Group, check_sets, find_runs, group, x_of
+from core_torl.reports.histories import Histories, first_and_last, metric_lines, read_histories
 from core_torl.tracking.comparison_figures import (
     CellPicture,
     best_cells,

@@ -12,11 +12,19 @@ import pytest
 
 from core_torl.config.errors import UserError
 from core_torl.evaluation.statistics import t_mean
-from core_torl.runs.curves import cell_lines, check_metrics, first_and_last, metric_lines, seed_mean, smooth, values_of
-from core_torl.runs.finished import Group, Run
+from core_torl.reports.finished import Group, Run
+from core_torl.reports.histories import (
+    cell_lines,
+    check_metrics,
+    first_and_last,
+    metric_lines,
+    seed_mean,
+    smooth,
+    values_of,
+)
 from core_torl.tracking.metrics import STEP
 
-from .test_reporting import write
+from .test_comparing import write
 
 NAME = "time/step_s"
 T_975 = {1: 12.706205, 2: 4.302653, 3: 3.182446}  # from a table

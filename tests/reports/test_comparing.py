@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from core_torl.runs.finished import find_runs
+from core_torl.reports.finished import find_runs
 
 from ..config.conftest import run_batch
 
