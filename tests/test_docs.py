@@ -21,7 +21,9 @@ DOCS = sorted(
         *ROOT.glob("src/core_torl/model/shipped/*/README.md"),
     ]
 )
-COMMAND = re.compile(r"core-torl-(train|evaluate|warm-start|report)\b([^\n`#]*)")
+COMMAND = re.compile(r"core-torl-(train|evaluate|warm-start|report|watch)\b([^\n`#]*)")
+# Options of Hydra's own groups that come with the extra `sweeps`.
+PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher", "optuna": "hydra_optuna_sweeper"}
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -31,29 +33,67 @@ def commands() -> list[tuple[str, str, str]]:
             found.append((str(path.relative_to(ROOT)), match[1], match[2].strip()))
     recipes = (ROOT / "Makefile").read_text().replace("\\\n", " ").replace("$(ARGS)", "")
     found += [("Makefile", match[1], match[2].strip()) for match in COMMAND.finditer(recipes)]
-    return found
+    once = {(name, arguments): where for where, name, arguments in reversed(found)}
+    return [(where, *command) for command, where in reversed(once.items())]
+
+
+def installed(plugin: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(f"hydra_plugins.{PLUGINS[plugin]}") is not None
 
 
 @pytest.mark.parametrize(("where", "name", "arguments"), commands())
-def test_every_command_in_the_docs_composes(where, name, arguments, tmp_path):
+def test_every_command_in_the_docs_composes(where, name, arguments):
+    """With Hydra's own keys; a sweep from its own file, which must belong to the command that it is given to."""
     from hydra import compose, initialize_config_dir
 
     register()
-    words = [w for w in shlex.split(arguments) if "=" in w and "lrr" not in w]
-    if "--config-dir" in arguments:
+    words = shlex.split(arguments)
+    if "--config-dir" in words:
         pytest.skip(f"{where}: {arguments} needs files that a reader makes")
-    # A sweep's lists are one job each; hydra.* belongs to Hydra itself.
-    overrides = [
-        w.split(",")[0] if "-m " in f"{arguments} " and "[" not in w else w for w in words if not w.startswith("hydra")
-    ]
-    with initialize_config_dir(conf_dir(), version_base=None):
-        compose(
-            {"train": "train", "evaluate": "evaluate", "warm-start": "warm_start", "report": "report"}[name], overrides
-        )
+    # `+reproduce` is replaced by what it names before Hydra sees it.
+    overrides = [w for w in words if "=" in w and "lrr" not in w and not w.startswith("+reproduce=")]
+    if "-m" in words:  # a sweep's lists are one job each
+        overrides = [w if "[" in w else w.split(",")[0] for w in overrides]
+    config, folder = name.replace("-", "_"), conf_dir()
+    if "-cn" in words:
+        sweep = words[words.index("-cn") + 1]
+        folder = str(ROOT / words[words.index("-cd") + 1])
+        text = (Path(folder) / f"{sweep}.yaml").read_text()
+        assert re.search(rf"^  - {config}$", text, re.M), f"{where}: {sweep} is no sweep of core-torl-{name}"
+        overrides.append(f"hydra.searchpath=[file://{conf_dir()}]")
+        config = sweep
+        needed = " ".join([*overrides, *re.findall(r"override hydra/.*", text)])
+    else:
+        needed = " ".join(overrides)
+    for plugin in PLUGINS:
+        if plugin in needed and not installed(plugin):
+            pytest.skip(f"{where}: {arguments} needs core-torl[sweeps]")
+    with initialize_config_dir(folder, version_base=None):
+        compose(config, overrides, return_hydra_config=True)
 
 
 def test_there_are_commands_to_check():
     assert len(commands()) > 15
+
+
+def test_a_key_that_the_launcher_of_a_sweep_lacks_is_found():
+    """The negative control: Hydra's own keys are checked too."""
+    with pytest.raises(Exception, match="no_such_key"):
+        test_every_command_in_the_docs_composes("x", "train", "-cd sweeps -cn smoke hydra.launcher.no_such_key=2")
+    with pytest.raises(AssertionError, match="no sweep of core-torl-report"):
+        test_every_command_in_the_docs_composes("x", "report", "-cd sweeps -cn smoke")
+
+
+def test_every_sweep_stands_in_the_docs_with_its_command_its_report_and_its_jobs():
+    text = (ROOT / "docs/sweeps.md").read_text()
+    for path in sorted((ROOT / "sweeps").glob("*.yaml")):
+        jobs = re.search(r"^# (\d+) jobs\b", path.read_text(), re.M)
+        assert jobs and re.search(rf"^\| `{path.stem}` \|.*\| {jobs[1]} \|", text, re.M), path.stem
+        assert re.search(rf"^core-torl-(train|warm-start) -cd sweeps -cn {path.stem}$", text, re.M), path.stem
+        reported = re.search(rf"^core-torl-report runs=outputs/{path.stem}\b", text, re.M)
+        assert reported or "core-torl-warm-start" in path.read_text().split("defaults:")[0], path.stem
 
 
 def test_the_one_wrong_command_in_the_readme_reads_as_it_says(monkeypatch, capsys):

@@ -9,17 +9,20 @@ from omegaconf import DictConfig
 from core_torl.launch.app import run_app
 
 
-def task(cfg: DictConfig) -> Any:
+def check(cfg: DictConfig) -> None:
     from core_torl.config.checks import check_evaluate
 
     check_evaluate(cfg)
+
+
+def task(cfg: DictConfig) -> Any:
     from core_torl.runs.evaluation import evaluate
 
     return evaluate(cfg)
 
 
 def main() -> None:
-    run_app("evaluate", task)
+    run_app("evaluate", task, check=check, record=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ known to be sound, so ``--help``, ``--cfg job`` and tab completion answer at onc
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,18 +14,28 @@ from omegaconf import DictConfig
 from core_torl.launch.app import run_app
 
 
-def task(cfg: DictConfig) -> Any:
-    """One training run; returns the headline number for a sweeper (the mean of the after-training accuracies)."""
+def check(cfg: DictConfig) -> None:
     from core_torl.config.checks import check_train
 
     check_train(cfg)
+
+
+def task(cfg: DictConfig) -> Any:
+    """One training run; returns the headline number for a sweeper (the mean of the after-training accuracies)."""
     from core_torl.runs.training import dry_run, train
 
     return dry_run(cfg) if cfg.dry_run else train(cfg)
 
 
+def report_on(sweep: Path) -> None:
+    """At the end of a sweep: its aggregate and its report, in the sweep's folder."""
+    from core_torl.reports.comparing import report_of
+
+    report_of(sweep, sweep / "report")
+
+
 def main() -> None:
-    run_app("train", task)
+    run_app("train", task, check=check, record=True, sweep_end=report_on)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,20 @@ from omegaconf import DictConfig
 from core_torl.launch.app import run_app
 
 
-def task(cfg: DictConfig) -> Any:
+def check(cfg: DictConfig) -> None:
     from core_torl.config.checks import check_warm_start
 
     check_warm_start(cfg)
+
+
+def task(cfg: DictConfig) -> Any:
     from core_torl.runs.warming import warm
 
     return warm(cfg)
 
 
 def main() -> None:
-    run_app("warm_start", task)
+    run_app("warm_start", task, check=check, record=True)
 
 
 if __name__ == "__main__":

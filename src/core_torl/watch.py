@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 from omegaconf import DictConfig
 
 from core_torl.launch.app import run_app
 
 
-def task(cfg: DictConfig) -> Any:
+def check(cfg: DictConfig) -> None:
+    from core_torl.config.checks import check_watch
+
+    check_watch(cfg)
+
+
+def task(cfg: DictConfig) -> None:
     from core_torl.launch.view import watch
 
-    return watch(cfg)
+    sys.exit(watch(cfg))
 
 
 def main() -> None:
-    run_app("watch", task)
+    run_app("watch", task, check=check)
 
 
 if __name__ == "__main__":

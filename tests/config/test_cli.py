@@ -13,7 +13,7 @@ import pytest
 from .conftest import run_batch
 
 CONF = Path(__file__).parents[2] / "conf"
-DOORS = ("train", "evaluate", "warm_start", "report")
+DOORS = ("train", "evaluate", "warm_start", "report", "watch")
 CASES = [(door, flags) for door in DOORS for flags in (["--help"], ["-h"], ["--cfg", "job"])]
 
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from core_torl.config.checks import check_evaluate, check_report, check_train, check_warm_start
+from core_torl.config.checks import check_evaluate, check_report, check_train, check_warm_start, check_watch
 from core_torl.config.paths import conf_dir
 from core_torl.config.schema import register
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 # Groups whose files change keys of any group.
-GLOBAL = ("ablation", "debug", "experiment", "world")
+GLOBAL = ("template", "ablation", "debug", "experiment", "world")
 # The front door of a group that ``train`` does not have.
-DOORS = {"world": "warm_start"}
+DOORS = {"world": "warm_start", "template": "report"}
 # Pieces that options of the group above include; nobody chooses them.
 PIECES = ("common",)
 
@@ -45,9 +45,14 @@ COMPANY: dict[tuple[str, ...], list[str]] = {
     ("intervention", "expert_prefix"): ["variant=core_cr", "variant.train_prompt=primed"],
 }
 for group, option in OPTIONS:
+    if group == "template":
+        COMPANY[(group, option)] = ["runs=outputs"]
     if group in ("intervention", "trigger") and option not in ("none", "never"):
         COMPANY.setdefault((group, option), ["variant=core_cr"])
-CHECKS = {"train": check_train, "evaluate": check_evaluate, "warm_start": check_warm_start, "report": check_report}
+CHECKS = {
+    "train": check_train, "evaluate": check_evaluate, "warm_start": check_warm_start, "report": check_report,
+    "watch": check_watch,
+}  # fmt: skip
 
 
 def composed(name: str, *overrides: str, folder: Path = CONF) -> DictConfig:
@@ -131,20 +136,6 @@ def test_a_global_file_only_overrides_keys_that_exist(file: Path):
         return found
 
     assert not missing({str(k): v for k, v in raw.items()}, "")
-
-
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_every_job_of_a_sweep_composes(path: Path):
-    raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    assert isinstance(raw, dict)
-    (door, *_), params = raw["defaults"], raw["hydra"]["sweeper"]["params"]
-    jobs = {f"{key}={value}" for key, values in params.items() for value in str(values).replace(" ", "").split(",")}
-    for job in ("", *sorted(jobs)):
-        cfg = composed(path.stem, f"hydra.searchpath=[file://{CONF}]", *filter(None, [job]), folder=path.parent)
-        CHECKS[door](cfg)
 
 
 def test_the_order_of_overrides_is_experiment_then_ablation_then_debug():

@@ -126,10 +126,9 @@ def test_outputs_below_a_file(early):
     assert "Not a directory" in line and "paths.root=..." in line and "file/x" in line
 
 
-def test_in_a_multirun_the_last_line_says_it(early):
-    answer = early["results"]["multirun"]
-    assert answer["code"] == 2 and "Traceback" not in answer["err"]
-    assert answer["err"].splitlines()[-1].startswith("core-torl: sampler.top_p=0.9")
+def test_in_a_multirun_the_job_is_named_before_any_job_starts(early):
+    line = only_line(early["results"]["multirun"])
+    assert line.startswith("core-torl: job 0 (sampler.top_p=0.9): sampler.top_p=0.9")
 
 
 def test_the_traceback_is_there_for_those_who_ask(tmp_path: Path):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from core_torl.config.group_schema import LoraConfig
-from core_torl.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, TrainConfig, WarmStartConfig
+from core_torl.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, TrainConfig, WarmStartConfig, WatchConfig
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "core_torl"
@@ -114,7 +114,9 @@ def test_shared_pieces_are_all_included_and_give_no_key_twice():
 
 def test_a_target_is_implemented_in_the_package_of_its_group():
     for file, (group, _, target) in TARGETS.items():
-        assert target.startswith(f"core_torl.{group}."), file
+        # Hydra takes launchers from a package of its own only.
+        package = "hydra_plugins.core_torl_launcher" if group == "hydra" else f"core_torl.{group}"
+        assert target.startswith(f"{package}."), file
 
 
 def test_prompt_fields_are_those_of_the_template():
@@ -146,7 +148,8 @@ def test_keys_of_a_group_without_target_are_read(schema: str):
         (TrainConfig, ("train.py", "runs/training.py", "runs/assemble.py", "runs/results.py")),
         (EvaluateConfig, ("evaluate.py", "runs/evaluation.py", "runs/assemble.py", "runs/results.py")),
         (WarmStartConfig, ("warm_start.py", "runs/warming*.py")),
-        (ReportConfig, ("report.py", "runs/reporting.py")),
+        (ReportConfig, ("report.py", "reports/*.py")),
+        (WatchConfig, ("watch.py", "launch/view*.py")),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

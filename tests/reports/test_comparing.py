@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from core_torl.reports.finished import find_runs
+from core_torl.reports.sources import find_runs
 
 from ..config.conftest import run_batch
 
@@ -84,7 +84,7 @@ def report(front_door, tmp_path: Path, capsys):
 
 
 def test_numbers_are_those_by_hand(sweep: Path, report):
-    code, out, err, where = report(f"runs={sweep}", "baseline=base", "title=A title")
+    code, out, err, where = report(f"runs={sweep}", "baseline=base", "title=A title", "curves=[]")
     assert (code, err) == (0, "")
     lines = (where / "table.md").read_text().splitlines()
     assert lines[0] == "# A title"
@@ -110,7 +110,11 @@ def test_numbers_are_those_by_hand(sweep: Path, report):
         "comparison.json",
         "comparison.png",
         "comparison.svg",
+        "curves.parquet",
+        "report.html",
+        "runs.parquet",
         "table.md",
+        "table.tex",
     ]
 
 
@@ -176,7 +180,7 @@ def test_by_keys_x_and_line(tmp_path: Path, report):
 
 def test_an_experiment_that_was_not_chosen_has_a_label(tmp_path: Path, report):
     write(tmp_path / "s" / "a", "None", 0, [(0.3, 0.2, 2)])  # write_results makes text of every choice
-    _, _, _, where = report(f"runs={tmp_path / 's'}")
+    _, _, _, where = report(f"runs={tmp_path / 's'}", "by=[experiment]")
     assert "| experiment:none | 1 |" in (where / "table.md").read_text()
 
 
@@ -270,7 +274,7 @@ def test_runs_must_be_given_and_hold_a_training(report, tmp_path: Path):
 
 def test_a_seed_twice_in_a_cell_is_refused_with_what_differs(sweep: Path, report):
     write(sweep / "9", "base", 1, [(0.3, 0.2, 2)], variant={"lr": 2e-3})
-    err = report(f"runs={sweep}")[2]
+    err = report(f"runs={sweep}", "by=[experiment]")[2]
     assert f"cell base has seed 1 twice: {sweep / '1'} and {sweep / '9'}; they differ in variant.lr" in err
     assert report(f"runs={sweep}", "by=[experiment,variant.lr]")[0] == 0
 
@@ -278,7 +282,7 @@ def test_a_seed_twice_in_a_cell_is_refused_with_what_differs(sweep: Path, report
 def test_runs_of_different_recipes_are_not_one_cell(sweep: Path, report):
     """Seeds are all that runs of a cell may differ in; other seeds under another learning rate are another cell."""
     write(sweep / "9", "base", 7, [(0.3, 0.2, 2)], variant={"lr": 2e-3})
-    err = report(f"runs={sweep}")[2]
+    err = report(f"runs={sweep}", "by=[experiment]")[2]
     assert f"cell base has runs of different recipes: {sweep / '0'} and {sweep / '9'} differ in variant.lr" in err
     assert report(f"runs={sweep}", "by=[experiment,variant.lr]")[0] == 0
 

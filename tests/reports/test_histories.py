@@ -18,6 +18,8 @@ from core_torl.reports.histories import (
     check_metrics,
     first_and_last,
     metric_lines,
+    places_of,
+    present,
     seed_mean,
     smooth,
     values_of,
@@ -206,14 +208,19 @@ def test_the_report_draws_curves_and_writes_their_numbers(sweep: Path, report):
     for key in ("mean", "low", "high"):
         assert [float(r[key]) for r in base] == pytest.approx(means)
     found = json.loads((where / "comparison.json").read_text())
-    assert found["curves"] == {"metrics": metrics, "window": 3, "drawn": ["base", "core"]} and "final" not in found
+    assert (
+        found["curves"] == {"metrics": metrics, "axis": "rl_step", "window": 3, "drawn": ["base", "core"]}
+        and "final" not in found
+    )
     assert "curves: no rollout/length_mean in base." in found["notes"]
     assert "- curves: no rollout/length_mean in base." in (where / "table.md").read_text()
     assert "curves.png, curves.csv" in out.replace("\n", " ")
 
 
 def test_the_report_shows_first_and_last_values(sweep: Path, report):
-    code, out, _, where = report(f"runs={sweep}", "final=[reward/accuracy,rollout/length_mean]", "final_steps=5")
+    code, out, _, where = report(
+        f"runs={sweep}", "final=[reward/accuracy,rollout/length_mean]", "final_steps=5", "curves=[]"
+    )
     assert code == 0 and not (where / "curves.csv").exists()
     text = (where / "table.md").read_text().split("## Training metrics, first and last\n")[1]
     assert (
@@ -279,3 +286,69 @@ def test_an_interval_ends_where_such_values_do(name, values, low, high):
     free, bound = t_mean(values), seed_mean(name, values, 0.95)
     assert free.low < 0 and free.high > max(values) and bound.value == free.value
     assert bound.low == (free.low if low is None else low) and bound.high == (free.high if high is None else high)
+
+
+# ---- other axes --------------------------------------------------------------------------------------------------
+
+TOKENS = "train/sampled_tokens"
+
+
+def test_steps_without_tokens_of_their_own_lie_where_the_step_before_lies():
+    rows = [{STEP: 0, "x": 1}, {STEP: 1, TOKENS: 10.0}, {STEP: 2, "x": 1}, {STEP: 3, TOKENS: 30.0}, {STEP: 3, "x": 2}]
+    assert places_of(rows, "sampled_tokens") == {0: 0.0, 1: 10.0, 2: 10.0, 3: 30.0}
+    assert places_of(rows, "samples") == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
+    assert places_of(rows[1:], "samples") == {}, "where a run begins without them nothing is known"
+    assert places_of(rows, "rl_step") == {0: 0, 1: 1, 2: 2, 3: 3}
+
+
+def spent(tokens: Mapping[int, Mapping[int, float]]):
+    """A cell of seeds that spend other numbers of tokens a step; the metric is a hundredth of the tokens."""
+    one, _ = cell("a", tokens)
+    rows = {
+        one.runs[s].folder: [{STEP: k, TOKENS: t, NAME: t / 100} for k, t in values.items()]
+        for s, values in tokens.items()
+    }
+    return one, rows
+
+
+def test_a_mean_over_tokens_is_taken_where_all_seeds_are():
+    """The metric depends on the tokens alone: over tokens all seeds agree, over steps they do not."""
+    one, rows = spent({0: {1: 10, 2: 20, 3: 40}, 1: {1: 20, 2: 40, 3: 80}, 2: {1: 5, 2: 35, 3: 65}})
+    (line,) = cell_lines(one, NAME, rows, 1, 0.95, "sampled_tokens")
+    assert line.seeds == 3 and [x for x, _ in line.points] == [20, 30, 40], "from the last first to the first last"
+    assert [e.value for _, e in line.points] == pytest.approx([0.2, 0.3, 0.4])
+    assert all(e.high - e.low < 1e-9 for _, e in line.points)
+    (by_step,) = cell_lines(one, NAME, rows, 1, 0.95)
+    assert all(e.high - e.low > 0.1 for _, e in by_step.points)
+
+
+def test_equal_steps_keep_their_own_places():
+    one, rows = spent({s: {1: 8, 2: 16, 3: 64} for s in range(3)})
+    (line,) = cell_lines(one, NAME, rows, 1, 0.95, "sampled_tokens")
+    assert [x for x, _ in line.points] == [8, 16, 64]
+
+
+def test_seeds_without_a_common_stretch_are_lines_of_their_own_over_tokens():
+    one, rows = spent({0: {1: 1, 2: 2}, 1: {1: 5, 2: 6}, 2: {1: 8, 2: 9}})
+    lines = cell_lines(one, NAME, rows, 1, 0.95, "sampled_tokens")
+    assert [(line.seed, [x for x, _ in line.points]) for line in lines] == [(0, [1, 2]), (1, [5, 6]), (2, [8, 9])]
+    notes: list[str] = []
+    metric_lines([one], [NAME], rows, 1, 0.95, notes, "sampled_tokens")
+    assert notes == [f"curves: a has no stretch of sampled_tokens with {NAME} in all its runs: no mean of it."]
+
+
+def test_optional_metrics_are_left_out_where_no_run_has_them():
+    _, rows = cell("a", {0: {1: 1.0}})
+    assert present("curves", [NAME, f"{NAME}?", "core/trigger_rate?"], rows) == [NAME]
+    with pytest.raises(UserError, match="no run has a number for the metric 'core/trigger_rate'"):
+        present("curves", ["core/trigger_rate"], rows)
+
+
+def test_many_cells_that_end_apart_are_one_note():
+    found = [cell(f"c{i}", {s: dict.fromkeys(range(1, 5 + s), 1.0) for s in range(3)}) for i in range(4)]
+    rows = {folder: own for _, part in found for folder, own in part.items()}
+    notes: list[str] = []
+    metric_lines([one for one, _ in found], [NAME], rows, 1, 0.95, notes)
+    assert notes == [
+        "curves: in 4 cells runs end at different RL steps, up to 2 apart; means end with the first of them."
+    ]

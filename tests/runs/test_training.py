@@ -43,7 +43,7 @@ def test_a_run_leaves_results_a_picture_a_policy_and_a_tracked_run(front_door, t
     assert {"mine", "group_size=4"} <= set(run.tags) and run.group == "core_base-concept_world"
     logged = {row["train/rl_step"]: row["reward/mean"] for row in run.history if "reward/mean" in row}
     assert logged == {row["train/rl_step"]: row["reward/mean"] for row in history if "reward/mean" in row}
-    assert run.tables("samples")
+    assert run.tables("rollouts/even")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""W&B may write below the test's own folder only, and finds no account."""
+"""W&B finds no account, and may write below the tests' own folders only."""
 
 import os
 
@@ -10,6 +10,5 @@ def no_account(monkeypatch, tmp_path_factory):
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     home = tmp_path_factory.mktemp("wandb-home")
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))  # staged files and logs stay with the run: see test_artifacts.py
     monkeypatch.setenv("NETRC", str(home / "no-netrc"))

@@ -1,10 +1,24 @@
 """Metric names: what is known passes, what is misspelt is named together with what was meant."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from core_torl.tracking.metrics import METRICS, STEP, Metric, check_names, find, glossary_markdown
+from core_torl.tracking.artifacts import ARTIFACTS, RESULT_FILES, RUN_FILES
+from core_torl.tracking.metrics import (
+    AXES,
+    KEPT,
+    METRICS,
+    STEP,
+    Metric,
+    check_kept,
+    check_names,
+    find,
+    glossary_markdown,
+    kept_markdown,
+)
+from core_torl.tracking.rollouts import COLUMNS
 
 
 def test_every_plain_name_is_known_to_itself():
@@ -67,3 +81,25 @@ def test_glossary_has_one_row_a_metric_with_three_cells():
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
         assert [c.strip() for c in cells[:2]] == [f"`{metric.name}`", metric.unit]
         assert len(cells) == 3 and cells[2].strip()
+
+
+def test_the_docs_have_every_table_and_file_and_the_axes():
+    """The table of metrics is held by tests/test_docs.py."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert kept_markdown().strip() in text
+    assert all(f"`{axis}`" in text and axis in METRICS for axis in AXES)
+
+
+def test_what_is_kept_is_what_the_code_makes():
+    """Both ways: each kind of rollouts, artifact and result file has its row, and no row speaks of another."""
+
+    def named(kind):
+        return {k.name for k in KEPT.values() if k.kind == kind}
+
+    assert named("table") == {f"rollouts/{kind}" for kind in COLUMNS} | {"per_concept"}
+    assert named("artifact") == {f"{kind}-{{run}}" for kind in ARTIFACTS}
+    assert named("file") == {*RESULT_FILES, *RUN_FILES}
+    assert all(name in KEPT["results-{run}"].meaning for name in RESULT_FILES)
+    with pytest.raises(ValueError, match="unknown table 'results'") as caught:  # a picture, not a table
+        check_kept("results", "table")
+    assert "\n" not in str(caught.value)

@@ -12,9 +12,11 @@ import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
 from core_torl.problem import Concept, Problem
+from core_torl.tracking.metrics import AXES
 from core_torl.tracking.mirror import read_jsonl
 from core_torl.tracking.offline import read_run
-from core_torl.tracking.samples import SAMPLE_COLUMNS, spread
+from core_torl.tracking.rollouts import COLUMNS, read_rollouts
+from core_torl.tracking.samples import answer_row
 from core_torl.tracking.wandb_run import Tracker, flatten
 from core_torl.trajectory import Sample, Score, Trajectory
 
@@ -46,6 +48,10 @@ def trajectory(i: int, judged: bool = True) -> Trajectory:
     )
 
 
+def answers(step: int, *numbers: int) -> dict[str, list[dict]]:
+    return {"even": [answer_row(step, trajectory(i)) for i in numbers], "best": []}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """One full run: config, six steps, samples, a table, a picture, exit code 3."""
@@ -56,15 +62,15 @@ def written(tmp_path_factory):
     Figure(figsize=(1, 1)).savefig(picture)
     tracker = make_tracker(
         folder, group="sweep-7", job_type="eval", tags=["cpu", "demo"], name="a name", project="some-project",
-        sample_rows=3, jsonl_path=str(folder / "metrics.jsonl"),
+        jsonl_path=str(folder / "metrics.jsonl"), rollouts_path=str(folder / "rollouts.jsonl"),
     )  # fmt: skip
     tracker.log_config(CONFIG)
     rows = [{"train/rl_step": k, "reward/mean": k / 7, "reward/outcome/correct": 0.25} for k in range(1, 7)]
     for row in rows:
         tracker.log_metrics(row)
-        tracker.log_samples(row["train/rl_step"], [trajectory(i) for i in range(6)])
-    tracker.log_table("results", ["set", "accuracy"], [["math", 0.5]])
-    tracker.log_picture("curves", picture)
+        tracker.log_rollouts(row["train/rl_step"], answers(row["train/rl_step"], 0, 2, 4))
+    tracker.log_table("per_concept", ["set", "accuracy"], [["math", 0.5]])
+    tracker.log_picture("results", picture)
     tracker.finish(exit_code=3)
     tracker.finish()  # the second call changes nothing
     return folder, rows, tracker
@@ -90,7 +96,7 @@ def test_history_and_summary_are_what_was_logged(written):
     run = read_run(run_folders(folder)[0])
     assert run.history == rows == read_jsonl(folder / "metrics.jsonl")
     assert {k: run.summary[k] for k in rows[-1]} == rows[-1]
-    assert not any(key.startswith("samples") for key in run.summary)
+    assert not any(key.startswith("rollouts") for key in run.summary)
 
 
 def test_names_group_tags_and_exit_code(written):
@@ -103,15 +109,23 @@ def test_names_group_tags_and_exit_code(written):
 
 def test_tables_and_pictures_are_there(written):
     run = read_run(run_folders(written[0])[0])
-    assert run.media == {"samples": "table-file", "results": "table-file", "curves": "image-file"}
-    samples = run.tables("samples")
-    assert len(samples) == 6 and all(len(t["data"]) == 3 for t in samples)  # each step's own rows, no more
-    assert samples[1]["columns"] == list(SAMPLE_COLUMNS)
-    assert samples[1]["data"][1] == [2, "[q2] 2 + 2?\nA. 3\nB. 4", "", 0.0, "wrong", "eos", 3, "answer 2"]
-    assert run.tables("results")[0]["data"] == [["math", 0.5]]
-    assert run.files["curves"][0].read_bytes().startswith(b"\x89PNG")
+    assert run.media == {"rollouts/even": "table-file", "per_concept": "table-file", "results": "image-file"}
+    even = run.tables("rollouts/even")
+    assert len(even) == 6 and all(len(t["data"]) == 3 for t in even)  # each step's own rows, no more
+    assert even[1]["columns"] == list(COLUMNS["even"])
+    assert even[1]["data"][1] == [2, "[q2] 2 + 2?\nA. 3\nB. 4", "", 0.0, "wrong", "eos", 3, "answer 2"]
+    assert run.tables("per_concept")[0]["data"] == [["math", 0.5]]
+    assert run.files["results"][0].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(KeyError, match="nothing"):
         run.tables("nothing")
+
+
+def test_the_plain_file_has_the_rows_of_the_tables(written):
+    folder, rows, _ = written
+    (run,) = map(read_run, run_folders(folder))
+    tables = [dict(zip(t["columns"], row, strict=True)) for t in run.tables("rollouts/even") for row in t["data"]]
+    assert read_rollouts(folder / "rollouts.jsonl") == [{"kind": "even", **row} for row in tables]
+    assert [row["rl_step"] for row in tables] == [r["train/rl_step"] for r in rows for _ in range(3)]
 
 
 def test_every_curve_is_drawn_against_the_rl_step(written):
@@ -183,30 +197,54 @@ def test_two_runs_of_one_process_stay_two(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_id_and_rewinds_the_mirror(tmp_path):
-    mirror = str(tmp_path / "metrics.jsonl")
-    first = make_tracker(tmp_path, jsonl_path=mirror)
+    mirror, texts = str(tmp_path / "metrics.jsonl"), str(tmp_path / "rollouts.jsonl")
+    first = make_tracker(tmp_path, jsonl_path=mirror, rollouts_path=texts)
     for step in (1, 2, 3, 4):
         first.log_metrics({"reward/mean": 0.0}, step=step)
+        first.log_rollouts(step, answers(step, 0))
     first.finish(exit_code=1)
     time.sleep(1.1)  # W&B names the folder after the second
-    second = make_tracker(tmp_path, jsonl_path=mirror, run_id=first.run_id)
+    with open(texts, "a") as file:
+        file.write('{"kind": "even", "rl_st')
+    second = make_tracker(tmp_path, jsonl_path=mirror, rollouts_path=texts, run_id=first.run_id)
     second.rewind(2)
     second.log_metrics({"train/rl_step": 3, "reward/mean": 1.0})
+    second.log_rollouts(3, answers(3, 1))
     second.finish()
     folders = run_folders(tmp_path)
     assert [read_run(f).run_id for f in folders] == [first.run_id] * 2
     assert [(r["train/rl_step"], r["reward/mean"]) for r in read_jsonl(mirror)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
+    assert [(r["rl_step"], r["answer"]) for r in read_rollouts(texts)] == [
+        (1, "answer 0"), (2, "answer 0"), (3, "answer 1"),
+    ]  # fmt: skip
 
 
-def test_disabled_mode_writes_the_mirror_and_nothing_else(tmp_path, monkeypatch):
+def test_a_row_without_samples_and_tokens_gets_those_of_the_row_before(tmp_path):
+    """An evaluation's row can be drawn against all three axes, in a resumed run too."""
+    path = tmp_path / "metrics.jsonl"
+    tracker = make_tracker(tmp_path, mode="disabled", jsonl_path=str(path))
+    tracker.rewind(-1)
+    tracker.log_metrics({"eval/math/greedy/accuracy": 0.1}, step=0)
+    tracker.log_metrics(dict(zip(AXES, (1, 64, 900), strict=True)) | {"reward/mean": 0.5})
+    tracker.log_metrics({"eval/math/greedy/accuracy": 0.2}, step=1)
+    resumed = make_tracker(tmp_path, mode="disabled", jsonl_path=str(path))
+    resumed.rewind(1, samples=64, tokens=900)
+    resumed.log_metrics({"eval/math/greedy/accuracy": 0.3}, step=1)
+    assert [[row[axis] for axis in AXES] for row in read_jsonl(path)] == [[0, 0, 0], *[[1, 64, 900]] * 3]
+
+
+def test_disabled_mode_writes_the_plain_files_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now would raise
-    tracker = make_tracker(tmp_path, mode="disabled", jsonl_path=str(tmp_path / "metrics.jsonl"))
+    paths = {"jsonl_path": str(tmp_path / "metrics.jsonl"), "rollouts_path": str(tmp_path / "rollouts.jsonl")}
+    tracker = make_tracker(tmp_path, mode="disabled", artifacts=["results"], **paths)
     tracker.log_config(CONFIG)
     tracker.log_metrics({"reward/mean": 0.5}, step=2)
     tracker.log_metrics({"reward/accuracy": 0.5, "epoch": 0})  # Lightning's own key; the step is the one before
-    tracker.log_samples(2, [trajectory(1)])
+    tracker.log_rollouts(2, answers(2, 1))
+    tracker.log_files(tmp_path)
     tracker.finish()
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
+    assert [row["answer"] for row in read_rollouts(tmp_path / "rollouts.jsonl")] == ["answer 1"]
     assert read_jsonl(tmp_path / "metrics.jsonl") == [
         {"train/rl_step": 2, "reward/mean": 0.5},
         {"train/rl_step": 2, "reward/accuracy": 0.5},
@@ -259,21 +297,59 @@ def test_flatten_refuses_two_values_for_one_key():
         flatten({"a": {"b": 1}, "a.b": 2})
 
 
-def test_samples_need_their_columns_and_come_from_everywhere(tmp_path):
+def test_what_is_not_in_the_glossary_is_refused(tmp_path):
     tracker = make_tracker(tmp_path, mode="disabled")
-    with pytest.raises(ValueError, match="lacks concept, reward"):
-        tracker.log_samples(1, [{"problem": "p", "outcome": "", "finish": "eos", "tokens": 1, "answer": "a"}])
     with pytest.raises(ValueError, match="has not 2 cells"):
-        tracker.log_table("t", ["a", "b"], [[1]])
-    assert spread(range(100), 4) == [0, 25, 50, 75] and spread([1, 2], 4) == [1, 2]
+        tracker.log_table("per_concept", ["a", "b"], [[1]])
+    with pytest.raises(ValueError, match=r"unknown table 'per_concepts'.*'per_concept'"):
+        tracker.log_table("per_concepts", ["a"], [[1]])
+    with pytest.raises(ValueError, match="unknown picture 'curves'"):
+        tracker.log_picture("curves", __file__)
+    with pytest.raises(KeyError, match="bad"):
+        tracker.log_rollouts(1, {"bad": [{"a": 1}]})
+    with pytest.raises(ValueError, match=r"rollouts/even: a row has rl_step, problem; its columns"):
+        tracker.log_rollouts(1, {"even": [{"rl_step": 1, "problem": "p"}]})
 
 
-def test_an_unjudged_sample_has_an_empty_reward(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"artifacts": ["results", "weights"]}, r"logger\.artifacts: 'weights' is none of results, checkpoint, policy"),
+        ({"artifacts": ["policy", "policy"]}, "twice"),
+        ({"system_every_s": 0.01}, r"logger\.system_every_s=0\.01: must be at least 0\.1"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_at_once(tmp_path, setting, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        make_tracker(tmp_path, **setting)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unjudged_answer_has_an_empty_reward(tmp_path):
     tracker = make_tracker(tmp_path)
-    tracker.log_samples(1, [trajectory(1), trajectory(2, judged=False), trajectory(3)])
+    rows = [answer_row(1, t) for t in (trajectory(1), trajectory(2, judged=False), trajectory(3))]
+    tracker.log_rollouts(1, {"even": rows})
     tracker.finish()
-    (table,) = read_run(run_folders(tmp_path)[0]).tables("samples")
+    (table,) = read_run(run_folders(tmp_path)[0]).tables("rollouts/even")
     assert [row[3] for row in table["data"]] == [1.0, None, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watched", [True, False])
+def test_an_offline_run_holds_records_of_the_machine(tmp_path, watched):
+    tracker = make_tracker(tmp_path, system_metrics=watched, system_every_s=0.2)
+    before = time.time()
+    tracker.log_metrics({"reward/mean": 0.5}, step=1)
+    time.sleep(2.0)
+    tracker.finish()
+    system = read_run(run_folders(tmp_path)[0]).system
+    if not watched:
+        assert system == []
+        return
+    assert len(system) >= 4 and any("cpu" in record for record in system)
+    assert all(0 < record["memory_percent"] < 100 for record in system if "memory_percent" in record)
+    times = [record["time"] for record in system]
+    assert times == sorted(times) and before - 5 < times[0] and times[-1] < time.time() + 1
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Each check raises UserError with one line that names the key and the fix.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -79,16 +80,22 @@ def check_report(cfg: DictConfig) -> None:
     check_keys(cfg)
     folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     if not folders or not all(isinstance(folder, str) and folder for folder in folders):
-        raise UserError(f"runs={cfg.runs}: a folder, or a list of folders, to search for training runs")
-    if not cfg.by:
-        raise UserError("by=[]: name at least one config group or key, e.g. by=[variant]")
-    if len(set(cfg.by)) < len(cfg.by):
-        raise UserError(f"by={list(cfg.by)}: a name stands there twice")
-    if not cfg.sets:
-        raise UserError("sets=[]: name at least one test set, e.g. sets=[gap]")
-    if cfg.decoding not in ("greedy", "sampled"):
-        raise UserError(f"decoding={cfg.decoding!r}: use greedy or sampled")
-    parts = cfg.headline.split("/")
+        raise UserError(
+            f"runs={cfg.runs}: a folder or wandb://entity/project, or a list of them, to search for training runs"
+        )
+    _one_of(cfg, "kind", "sweep", "core", "torl", "run")
+    _one_of(cfg, "curves_axis", "rl_step", "samples", "sampled_tokens")
+    _one_of(cfg, "wandb_report", "none", "json", "draft", "publish")
+    if cfg.by is not None and not cfg.by:
+        raise UserError("by=[]: name at least one config group or key, e.g. by=[variant]; null chooses them")
+    names = list(cfg.by or ())
+    if len(set(names)) < len(names):
+        raise UserError(f"by={names}: a name stands there twice")
+    if cfg.sets is not None and not cfg.sets:
+        raise UserError("sets=[]: name at least one test set, e.g. sets=[gap]; null takes all")
+    if cfg.decoding not in ("greedy", "sampled", None):
+        raise UserError(f"decoding={cfg.decoding!r}: use greedy or sampled, or null to choose")
+    parts = (cfg.headline or "set/greedy/accuracy").split("/")
     if len(parts) != 3 or parts[1] not in ("greedy", "sampled") or parts[2] not in ("accuracy", "robust_accuracy"):
         raise UserError(
             f"headline={cfg.headline}: write set/decoding/measure with greedy or sampled and accuracy or "
@@ -105,13 +112,24 @@ def check_report(cfg: DictConfig) -> None:
         raise UserError(
             f"curves_window={cfg.curves_window}: an odd number, with as many steps before as after; 1: none"
         )
-    if cfg.x is not None:
-        if cfg.x.partition("/")[0] not in ("before", "after", "last", "config") or "/" not in cfg.x:
-            raise UserError(f"x={cfg.x}: must start with before/, after/, last/ or config/")
-        if cfg.line is None and len(cfg.by) > 1:
-            raise UserError(f"x={cfg.x} needs line: which of by={list(cfg.by)} makes one line each?")
-    if cfg.line is not None and cfg.line not in cfg.by:
-        raise UserError(f"line={cfg.line}: must be one of by={list(cfg.by)}.{nearest(cfg.line, cfg.by)}")
+    if cfg.x is not None and (cfg.x.partition("/")[0] not in ("before", "after", "last", "config") or "/" not in cfg.x):
+        raise UserError(f"x={cfg.x}: must start with before/, after/, last/ or config/")
+
+
+def check_axes(by: Sequence[str], x: str | None, line: str | None) -> None:
+    """What ``x`` and ``line`` need of ``by``, which the report may have chosen from the runs."""
+    if x is not None and line is None and len(by) > 1:
+        raise UserError(f"x={x} needs line: which of by={list(by)} makes one line each?")
+    if line is not None and line not in by:
+        raise UserError(f"line={line}: must be one of by={list(by)}.{nearest(line, by)}")
+
+
+def check_watch(cfg: DictConfig) -> None:
+    """The same for the live view of a sweep."""
+    check_keys(cfg)
+    if cfg.runs == "":
+        raise UserError("runs='': a folder of a sweep, or null for the newest one below paths.root")
+    _positive(cfg, "every_s")
 
 
 def _check_shared(cfg: DictConfig) -> None:
@@ -233,6 +251,11 @@ def _positive(cfg: DictConfig, *keys: str) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and value <= 0:
             raise UserError(f"{key}={value}: must be larger than 0")
+
+
+def _one_of(cfg: DictConfig, key: str, *options: str) -> None:
+    if cfg[key] not in options:
+        raise UserError(f"{key}={cfg[key]}: use {', '.join(options)}.{nearest(str(cfg[key]), options)}")
 
 
 def _not_negative(cfg: DictConfig, *keys: str) -> None:

@@ -91,7 +91,13 @@ def _unknown_option(text: str, groups: Iterable[str]) -> str | None:
         options += _recipes(group)
     if not options:
         return f"there is no config group {group or found[1]!r}.{nearest(group or found[1], groups)}"
+    if group.startswith("hydra/") and option in _EXTRAS:
+        return f"{group}={option}: its package is not installed; pip install 'core-torl[sweeps]'"
     return f"{group}={option}: no such option.{nearest(option, options)} Available: {', '.join(options)}"
+
+
+# Launchers and sweepers of Hydra that come with an extra.
+_EXTRAS = ("optuna", "joblib", "submitit_local", "submitit_slurm")
 
 
 def _recipes(group: str) -> list[str]:

@@ -272,6 +272,8 @@ class EvaluationConfig:
     max_problems: int | None = MISSING
     confidence: float = MISSING
     seed: int = MISSING
+    distractors: list[int] = MISSING
+    max_prompt_tokens: int = MISSING
 
 
 @dataclass
@@ -303,6 +305,21 @@ class LoggerConfig:
     name: str | None = MISSING
     sample_rows: int = MISSING
     system_metrics: bool = MISSING
+    system_every_s: float = MISSING
+    artifacts: list[str] = MISSING
+
+
+@dataclass
+class SubprocessLauncherConfig:
+    _target_: str = MISSING
+    n_jobs: int = MISSING
+    gpus_per_job: int = MISSING
+    gpus: list[str] | None = MISSING
+    timeout_s: float = MISSING
+    retries: int = MISSING
+    grace_s: float = MISSING
+    take_over: bool = MISSING
+    view: bool = MISSING
 
 
 @dataclass

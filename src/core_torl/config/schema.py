@@ -39,6 +39,7 @@ from core_torl.config.group_schema import (
     SameSectionConfig,
     SandboxConfig,
     SandboxFusionConfig,
+    SubprocessLauncherConfig,
     ToolConfig,
     TorlConfig,
     TorlProblemsConfig,
@@ -75,6 +76,7 @@ class TrainConfig(_Shared):
     prompts_per_step: int = MISSING
     dry_run: bool = MISSING
     resume: str | None = MISSING
+    reproduces: str | None = MISSING
     evaluate_every: int = MISSING
     export: bool = MISSING
     token_budget: int | None = MISSING
@@ -119,22 +121,36 @@ class WarmStartConfig:
 
 @dataclass
 class ReportConfig:
+    kind: str = MISSING
     runs: Any = MISSING
-    by: list[str] = MISSING
+    by: list[str] | None = MISSING
     baseline: str | None = MISSING
-    sets: list[str] = MISSING
-    decoding: str = MISSING
-    headline: str = MISSING
+    sets: list[str] | None = MISSING
+    decoding: str | None = MISSING
+    headline: str | None = MISSING
     x: str | None = MISSING
     line: str | None = MISSING
     curves: list[str] = MISSING
+    curves_axis: str = MISSING
     curves_window: int = MISSING
     final: list[str] = MISSING
     final_steps: int = MISSING
     confidence: float = MISSING
     seed: int = MISSING
     title: str | None = MISSING
+    html: bool = MISSING
+    wandb_report: str = MISSING
+    wandb_entity: str | None = MISSING
+    wandb_project: str = MISSING
     output: str = MISSING
+    paths: Any = MISSING
+
+
+@dataclass
+class WatchConfig:
+    runs: str | None = MISSING
+    every_s: float = MISSING
+    once: bool = MISSING
     paths: Any = MISSING
 
 
@@ -174,10 +190,12 @@ SCHEMAS: dict[str, type] = {
     "callbacks": CallbacksConfig,
     "logger": LoggerConfig,
     "paths": PathsConfig,
+    "launcher_subprocess": SubprocessLauncherConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "warm_start": WarmStartConfig,
     "report": ReportConfig,
+    "watch": WatchConfig,
 }
 
 

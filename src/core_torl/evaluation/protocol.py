@@ -4,7 +4,8 @@ Robust accuracy counts a quiz only if it and three permutations of its options a
 3.3.2 and Table 1): a policy that prefers a letter, or guesses, loses it first. It falls with sampling noise alone, so
 the accuracy over all orders, what independent errors at each concept's own rate would give, and the share of quizzes
 with the same content chosen in every order stand beside it. The concept is never in the prompt: this module has no way
-to put it there, since it renders problems through ``encode(problem, None)``.
+to put it there, since it renders problems through ``encode(problem, None)``. What concepts of other problems do to an
+answer is measured in ``evaluation.distractors``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from core_torl.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, wilson
+from core_torl.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, ratio_of_sums, wilson
 from core_torl.problem import LETTERS, Concept, Problem
 from core_torl.reward.answers import option_letter
 from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig
@@ -35,7 +36,10 @@ Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Item:
-    """One problem's result: shares over its samples, between 0 and 1. ``robust`` is None where nothing was permuted."""
+    """One problem's result: shares over its samples, between 0 and 1. ``robust`` is None where nothing was permuted.
+
+    ``undistracted`` is its accuracy under the plain prompt, where this result is one with distractors.
+    """
 
     uid: str
     concept: str | None
@@ -48,17 +52,23 @@ class Item:
     orders: int
     excluded: float
     transcript: str  # the first answer in the problem's own order, observations of tools included
+    undistracted: float | None = None
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """One test set under one way of decoding ("greedy" or "sampled"). ``tools`` holds shares of tool use, if any."""
+    """One test set under one way of decoding ("greedy" or "sampled").
+
+    ``tools`` holds shares of tool use, if any. ``left_out`` counts problems that cannot be asked with distractors; None
+    where that was not the question.
+    """
 
     name: str
     decoding: str
     items: list[Item]
     orders: int
     tools: dict[str, float] = field(default_factory=dict)
+    left_out: int | None = None
 
     @property
     def label(self) -> str:
@@ -68,6 +78,10 @@ class SetResult:
         """uid -> value for the items that have it; measure: accuracy or robust_accuracy."""
         field = {"accuracy": "accuracy", "robust_accuracy": "robust"}[measure]
         return {i.uid: getattr(i, field) for i in self.items if getattr(i, field) is not None}
+
+    def solved_without(self) -> list[tuple[Item, float]]:
+        """Items solved without distractors and the share of their samples that are; [] in a set without distractors."""
+        return [(i, i.undistracted) for i in self.items if i.undistracted]
 
 
 class Evaluation:
@@ -88,6 +102,8 @@ class Evaluation:
         max_problems: int | None = None,
         confidence: float = 0.95,
         seed: int = 0,
+        distractors: Sequence[int] = (),
+        max_prompt_tokens: int = 1024,
     ) -> None:
         if permutations < 0 or samples < 0:
             raise ValueError("evaluation.permutations and evaluation.samples must not be negative")
@@ -101,9 +117,16 @@ class Evaluation:
             raise ValueError(f"evaluation.max_problems={max_problems}: must be at least 1, or null for all")
         if not 0 < confidence < 1:
             raise ValueError(f"evaluation.confidence={confidence}: must lie between 0 and 1")
+        if any(count < 1 for count in distractors) or len(set(distractors)) < len(distractors):
+            raise ValueError(
+                f"evaluation.distractors={list(distractors)}: numbers of concepts, each at least 1 and given once; "
+                "[] for none"
+            )
         self.permutations, self.greedy, self.samples, self.temperature = permutations, greedy, samples, temperature
         self.max_problems, self.confidence, self.seed = max_problems, confidence, seed
         self.primed = primed  # whether the caller also wants the diagnosis with the concept in the prompt
+        # The same for irrelevant concepts, see evaluation.distractors; only their prompts are held to a length here.
+        self.distractors, self.max_prompt_tokens = tuple(distractors), max_prompt_tokens
 
     def orders(self, problem: Problem) -> list[tuple[int, ...]]:
         """The identity and up to ``permutations`` distinct other orders; only the identity where order must stay."""
@@ -119,6 +142,10 @@ class Evaluation:
         while len(chosen) <= self.permutations:
             chosen[tuple(rng.sample(range(count), count))] = None
         return list(chosen)
+
+    def variants(self, problem: Problem) -> list[Problem]:
+        """The problem in each of its orders; the first is its own."""
+        return [problem.permuted(o) if problem.is_choice else problem for o in self.orders(problem)]
 
     def choose(self, problems: Sequence[Problem], name: str) -> list[Problem]:
         if self.max_problems is None or len(problems) <= self.max_problems:
@@ -145,10 +172,10 @@ class Evaluation:
         results: list[SetResult] = []
         for decoding, n, sampling in ways:
             variants = [
-                (name, p, p.permuted(o) if p.is_choice else p, o)
+                (name, p, v, o)
                 for name, ps in chosen.items()
                 for p in ps
-                for o in self.orders(p)
+                for o, v in zip(self.orders(p), self.variants(p), strict=True)
             ]
             requests = [SampleRequest(encode(v, None), n, self._seed(decoding, v.uid)) for _, _, v, _ in variants]
             answers = _whole(sampler, requests, sampling)
@@ -192,6 +219,8 @@ class Evaluation:
                 if not values:
                     continue
                 found[f"{result.label}/{measure}"] = self._share(result, list(result.values(measure)), values)
+            if result.solved_without():
+                found[f"{result.label}/retained"] = self._retained(result)
         return found
 
     def _share(self, result: SetResult, uids: list[str], values: list[float]) -> Estimate:
@@ -206,6 +235,21 @@ class Evaluation:
         if result.decoding == "greedy":
             return wilson(round(sum(values)), len(values), self.confidence)
         return bootstrap_mean(values, self.confidence, self.seed)
+
+    def _retained(self, result: SetResult) -> Estimate:
+        """RUD_K: of what is solved without distractors, the share that is solved with them; ``n`` counts such problems.
+
+        With several samples a problem weighs as much as it is solved without: an answer drawn without distractors that
+        is right is held against one drawn with them.
+        """
+        items = result.solved_without()
+        parts, wholes = [i.accuracy * before for i, before in items], [before for _, before in items]
+        concepts = [i.concept or i.uid for i, _ in items]
+        share = sum(parts) / sum(wholes)
+        if share in (0.0, 1.0) or (len(set(concepts)) == 1 and result.decoding == "greedy"):
+            return wilson(round(share * len(items)), len(items), self.confidence)
+        found = ratio_of_sums(parts, wholes, concepts, self.confidence, self.seed)
+        return dataclasses.replace(found, n=len(items))
 
     def differences(self, before: Sequence[SetResult], after: Sequence[SetResult]) -> dict[str, Estimate]:
         """Gain of ``after`` over ``before`` on the same problems, resampling whole concepts where they are known."""
@@ -243,11 +287,16 @@ class Evaluation:
             for measure in ("unparsed", "truncated", "excluded"):
                 flat[f"{base}/{measure}"] = float(np.mean([getattr(i, measure) for i in result.items]))
             flat[f"{base}/n"] = len(result.items)
+            if result.left_out is not None:
+                flat[f"{base}/left_out"] = result.left_out
             flat |= {f"{base}/{name}": value for name, value in result.tools.items()}
         return flat
 
     def per_concept(self, results: Sequence[SetResult]) -> list[dict[str, Any]]:
-        """One row for each set, decoding and concept: accuracy, robust accuracy and number of problems."""
+        """One row for each set, decoding and concept: accuracy, robust accuracy and number of problems.
+
+        With distractors also ``retained``, and the number of problems solved without them that it is a share of.
+        """
         rows = []
         for result in results:
             concepts: dict[str, list[Item]] = {}
@@ -260,6 +309,10 @@ class Evaluation:
                     "accuracy": float(np.mean([i.accuracy for i in items])),
                     "robust_accuracy": float(np.mean(robust)) if robust else None, "n_robust": len(robust),
                 })  # fmt: skip
+                if self.distractors:
+                    solved = [(i.accuracy * i.undistracted, i.undistracted) for i in items if i.undistracted]
+                    part, whole = sum(right for right, _ in solved), sum(before for _, before in solved)
+                    rows[-1] |= {"retained": part / whole if whole else None, "n_retained": whole}
         return rows
 
 

@@ -103,6 +103,29 @@ def paired_difference(
     return _bootstrap((sums, sizes), _ratio, sums / sizes, confidence, seed, resamples, "clusters")
 
 
+def ratio_of_sums(
+    parts: Sequence[float],
+    wholes: Sequence[float],
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Estimate:
+    """``sum(parts) / sum(wholes)``, such as the share that is kept of what there was; ``wholes`` must be above 0.
+
+    Whole clusters are drawn, and a drawn one brings all its items to both sums.
+    """
+    over, under = _numbers("ratio_of_sums: parts", parts), _numbers("ratio_of_sums: wholes", wholes)
+    _check_lengths("ratio_of_sums", parts=over, wholes=under)
+    _check_lengths("ratio_of_sums", parts=over, clusters=clusters)
+    if np.any(under <= 0):
+        raise ValueError("ratio_of_sums: wholes must be above 0; leave the other items out")
+    number_of = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    places = np.array([number_of[cluster] for cluster in clusters])
+    top, bottom = np.bincount(places, weights=over), np.bincount(places, weights=under)  # [clusters]
+    return _bootstrap((top, bottom), _ratio, top / bottom, confidence, seed, resamples, "clusters")
+
+
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Two-sided exact p-value for "``after`` solves as many items as ``before``", on the items where they differ.
 

@@ -22,23 +22,66 @@ from omegaconf import DictConfig, OmegaConf
 from core_torl.config.errors import UserError, causes, one_line
 from core_torl.config.paths import conf_dir
 from core_torl.config.schema import register
+from core_torl.launch.identity import identity
+from core_torl.launch.processes import end_with_launcher
+from core_torl.launch.provenance import provenance
+from core_torl.launch.record import finished, read_record, recorded
+from core_torl.launch.reproduce import replayed
+from core_torl.launch.search import continue_search
 
 # What a place to write to can be refused for. Any other OSError is no mistake in a configuration.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _UNWRITABLE = {*_FULL, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
-def run_app(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Compose ``config_name`` with the command line and hand it to ``task``; never returns normally after an error."""
+_sweeps: list[Path] = []  # folders of the sweeps that this process has started
+
+
+class SweepHook:
+    """Hydra's callback at the start of a sweep: it tells the front door where that is, and lets a search go on."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _sweeps.append(Path(str(config.hydra.sweep.dir)).absolute())
+        continue_search(config)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None  # the other moments do not matter here
+
+
+def run_app(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    *,
+    check: Callable[[DictConfig], None] = lambda cfg: None,
+    record: bool = False,
+    sweep_end: Callable[[Path], None] | None = None,
+    config_dir: str | None = None,
+) -> None:
+    """Compose ``config_name`` with the command line and hand it to ``task``; never returns normally after an error.
+
+    ``check`` raises UserError for a config that cannot be run; a sweep checks all of its jobs before it starts one.
+    ``record``: each run keeps a ``run.json``, by which a sweep knows what is done. ``sweep_end`` is called with the
+    folder of a sweep after its last job, also if some of the jobs failed. ``config_dir`` is where the config stands, by
+    default the shipped one.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from core_torl.launch.plugin import SweepFailed, SweepInterrupted, close_boards
+
+    end_with_launcher()
     register()
     asked = os.environ.get("HYDRA_FULL_ERROR")
     # Hydra 1.4 warns about what 1.5 will change; this project runs on 1.3 and 1.4 alike.
     warnings.filterwarnings("ignore", message=".*Hydra 1.5.*")
     started = False
+
+    def run(cfg: DictConfig) -> Any:
+        check(cfg)
+        return run_once(cfg, config_name, task) if record else task(cfg)
 
     def job(cfg: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
@@ -48,16 +91,32 @@ def run_app(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         started = True
         with _full_errors(asked):  # processes that the task starts inherit what the user asked for
             if HydraConfig.get().mode == RunMode.MULTIRUN or asked == "1":
-                return task(cfg)  # Hydra reports which job failed, and the other jobs go on
+                return run(cfg)  # Hydra reports which job failed, and the other jobs go on
             try:
-                return task(cfg)
+                return run(cfg)
             except (OmegaConfBaseException, UserError) as error:
                 fail(error, config_name)
 
-    job.__module__ = f"core_torl.{config_name}"
+    job.__module__ = f"core_torl.{config_name}"  # what Hydra names runs after
+    # For the launcher: what to check, how to start this program again, what was asked for before we changed it.
+    job.check = check  # pyright: ignore[reportFunctionMemberAccess]
+    job.program = program_of(task)  # pyright: ignore[reportFunctionMemberAccess]
+    job.environment = {} if asked is None else {"HYDRA_FULL_ERROR": asked}  # pyright: ignore[reportFunctionMemberAccess]
+    _sweeps.clear()
     try:
+        sys.argv[1:] = replayed(sys.argv[1:], config_name)
         with _full_errors("1"):  # makes Hydra raise instead of printing and exiting
-            hydra.main(version_base=None, config_path=conf_dir(), config_name=config_name)(job)()
+            hydra.main(version_base=None, config_path=config_dir or conf_dir(), config_name=config_name)(job)()
+        close_boards("completed")
+        _end_sweep(sweep_end, config_name)
+    except SweepFailed as error:
+        close_boards("failed")
+        _end_sweep(sweep_end, config_name)
+        print(f"core-torl: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SweepInterrupted as error:
+        print(f"core-torl: {error}", file=sys.stderr)
+        sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if asked == "1":
             raise
@@ -68,6 +127,69 @@ def run_app(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         if asked == "1" or not (refused or (not started and type(error) is ValueError)):
             raise
         fail(error, config_name)
+    finally:
+        close_boards("failed")
+
+
+def program_of(task: Callable[..., Any]) -> list[str]:
+    """What follows ``python`` to start the program of ``task`` again: a module, or this process's script."""
+    module = task.__module__
+    if module == "__main__":
+        spec = sys.modules["__main__"].__spec__
+        if spec is None:
+            return [str(Path(sys.argv[0]).absolute())]
+        module = spec.name
+    return ["-m", module]
+
+
+def run_once(cfg: DictConfig, config_name: str, task: Callable[[DictConfig], Any]) -> Any:
+    """One run, with its record. In a sweep within this process a run that is done is not repeated."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        check_ranks(cfg, str(hydra.runtime.choices.get("hydra/launcher")))
+    folder, mark = Path(hydra.runtime.output_dir), identity(cfg)
+    if hydra.mode == RunMode.MULTIRUN and (known := read_record(folder)):
+        # Another launcher than ours: it starts every job, so the job itself must know that it is done.
+        if known["identity"] != mark:
+            raise UserError(f"{folder} holds another run than this job; choose another hydra.sweep.dir")
+        if done := finished(folder, mark):
+            print(f"core-torl: {folder} is done and is not run again", flush=True)
+            return done["value"]
+        if "resume" in cfg and cfg.resume is None:
+            cfg.resume = "auto"
+    choices = {group: str(option) for group, option in hydra.runtime.choices.items()}
+    tree = OmegaConf.to_container(cfg, resolve=True)
+    with recorded(folder, config_name, mark, tree, choices, provenance(cfg, hydra, config_name)) as record:
+        value = task(cfg)
+        if record is not None and isinstance(value, int | float):
+            record.value = float(value)
+        return value
+
+
+def check_ranks(cfg: DictConfig, launcher: str) -> None:
+    """UserError where further ranks of a job would start the whole sweep again: Lightning repeats the command line."""
+    ranks = int(OmegaConf.select(cfg, "trainer.devices", default=1)) * int(
+        OmegaConf.select(cfg, "trainer.num_nodes", default=1)
+    )
+    if ranks > 1 and launcher in ("basic", "joblib", "submitit_local"):
+        raise UserError(
+            f"hydra/launcher={launcher}: with {ranks} ranks each rank would start the sweep again; use "
+            "hydra/launcher=subprocess, or submitit_slurm with as many tasks as ranks"
+        )
+
+
+def _end_sweep(sweep_end: Callable[[Path], None] | None, config_name: str) -> None:
+    """What follows the last job; a mistake in it is told and takes no result away."""
+    if sweep_end is None:
+        return
+    for folder in dict.fromkeys(_sweeps):
+        try:
+            sweep_end(folder)
+        except UserError as error:
+            print(f"core-torl: no report of {folder}: {one_line(error)}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,30 +1,30 @@
-"""Finished training runs below a folder, sorted into groups that differ in nothing but their seed.
+"""Training runs as a report sees them, sorted into groups that differ in nothing but their seed.
 
-A run is finished once it has written ``results.json``; one that has not is named and never averaged with the others.
-What tells two groups apart is given by name: config groups, or dotted keys of the runs' configs.
+A run says itself where its logged rows come from, so that a folder, an offline W&B file and a W&B server look the same
+from here on; ``reports.sources`` finds them. A run is finished once it has ``results.json``; one that has not is named
+with its state and never averaged with the others. What tells two groups apart is given by name: config groups, or
+dotted keys of the runs' configs.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from core_torl.config.errors import UserError, nearest
 from core_torl.evaluation.comparison import Cell, ConceptShares
+from core_torl.tracking.mirror import read_jsonl
 
-_INSIDE_A_RUN = (".hydra", "wandb", "checkpoints", "policy")
-_NO_RECIPE = (
+COMPLETED = "completed"
+NO_RECIPE = (
     "paths.",
     "logger.",
     "callbacks.",
     "resume",
+    "reproduces",
     "seed",
     "dry_run",
     "export",
@@ -32,17 +32,40 @@ _NO_RECIPE = (
     "trusted_targets",
 )  # keys that do not change what a run learns
 
+History = Callable[[], list[dict[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run: its folder and what its ``results.json`` says."""
+    """One training run, finished or not.
+
+    ``folder`` is where it lies: its own folder, W&B's folder of it, or ``wandb:/entity/project/id`` for one on a
+    server, of which nothing lies on this disk. ``results`` is what its ``results.json`` says; of an unfinished run only
+    the section ``run``, as far as it is known. ``record`` is its ``run.json``. ``state`` is completed, running, killed,
+    failed, interrupted, timeout, pending, or unfinished where nothing says more, and ``why`` says what is behind it.
+    ``source`` is the name that people read, where that is not the folder. ``history`` reads the logged rows: it raises
+    FileNotFoundError where there are none, ValueError where they cannot be read.
+    """
 
     folder: Path
     results: dict[str, Any]
+    state: str = COMPLETED
+    why: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    history: History | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source or str(self.folder)
 
     @property
     def seed(self) -> int:
         return int(self.results["run"]["seed"])
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        return self.results["run"].get("choices") or {}
 
     @property
     def steps(self) -> float:
@@ -51,6 +74,10 @@ class Run:
     @property
     def tokens(self) -> float | None:
         return self.results.get("last", {}).get("train/sampled_tokens")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The logged rows, from ``metrics.jsonl`` unless the run knows a better way."""
+        return read_jsonl(self.folder / "metrics.jsonl") if self.history is None else self.history()
 
     def concepts(self, label: str, section: str = "per_concept") -> ConceptShares:
         """concept -> (share, problems) of ``set/decoding/measure``; empty where the run has no such rows."""
@@ -76,62 +103,21 @@ class Group:
         return {seed: rows for seed, rows in found.items() if rows}
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, str]]]:
-    """Finished training runs below ``folders``, and unfinished ones as ``{"folder", "why"}``; no evaluations."""
-    runs, unfinished, seen = [], [], set()
-    for top in folders:
-        if not top.is_dir():
-            raise UserError(f"runs={top}: no such folder")
-        for name, inside, files in os.walk(top):
-            folder = Path(name)
-            hydra = ".hydra" in inside
-            inside[:] = sorted(d for d in inside if d not in _INSIDE_A_RUN)
-            if folder.resolve() in seen:
-                continue
-            seen.add(folder.resolve())
-            if "results.json" in files:
-                results = _read_results(folder / "results.json")
-                if "after" in results and "run" in results:
-                    runs.append(Run(folder, results))
-                elif "after" in results:
-                    unfinished.append({"folder": str(folder), "why": "its results.json has no section 'run'"})
-            elif hydra and _is_training(folder / ".hydra" / "config.yaml"):
-                unfinished.append({"folder": str(folder), "why": "unfinished, no results.json"})
-    return runs, unfinished
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: no JSON ({error.msg}); move the folder away, or repeat the run") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _is_training(config: Path) -> bool:
-    """False for what other front doors and dry runs leave behind; a run whose config is lost counts as a training."""
-    try:
-        tree = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError):
-        return True
-    return not isinstance(tree, dict) or ("rl_steps" in tree and not tree.get("dry_run"))
-
-
 # ---- cells -------------------------------------------------------------------------------------------------------
 
 
 def group(runs: Sequence[Run], by: Sequence[str]) -> list[Group]:
-    """Runs with equal values of ``by`` together. UserError: a seed twice in one group, or a name that a run lacks."""
+    """Runs with equal values of ``by`` together; a name that a run lacks is none there.
+
+    UserError: a seed twice in one group, or a name that no run has.
+    """
+    for name in by:
+        check_name(runs, name)
     values = [{name: by_value(run, name) for name in by} for run in runs]
-    shorter = {
-        name: _shorten([v[name] for v in values]) for name in by if name not in runs[0].results["run"]["choices"]
-    }
+    shorter = {name: _shorten([v[name] for v in values]) for name in by if not any(name in r.choices for r in runs)}
     groups: dict[str, Group] = {}
     for run, own in zip(runs, values, strict=True):
-        options = run.results["run"]["choices"]
+        options = run.choices
         # An option says itself what it is; a value of a key needs the key's name.
         words = {
             name: str(own[name])
@@ -144,45 +130,53 @@ def group(runs: Sequence[Run], by: Sequence[str]) -> list[Group]:
         first = next(iter(one.runs.values()), run)
         other = one.runs.setdefault(run.seed, run)
         if other is not run:
-            differ = _differences(run, other)
+            differ = differences(run, other)
             hint = f"; they differ in {', '.join(differ[:3])}: add it to by" if differ else "; move one of them away"
-            raise UserError(f"cell {label} has seed {run.seed} twice: {other.folder} and {run.folder}{hint}")
-        if differ := _differences(run, first):
+            raise UserError(f"cell {label} has seed {run.seed} twice: {other.name} and {run.name}{hint}")
+        if differ := differences(run, first):
             raise UserError(
-                f"cell {label} has runs of different recipes: {first.folder} and {run.folder} differ in "
+                f"cell {label} has runs of different recipes: {first.name} and {run.name} differ in "
                 f"{', '.join(differ[:3])}: add it to by, or move one of them away"
             )
     return list(groups.values())
 
 
-def _differences(run: Run, other: Run) -> list[str]:
+def differences(run: Run, other: Run) -> list[str]:
     """Keys that change what a run learns and have another value in the other run."""
-    one, two = _flat(run), _flat(other)
-    return [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and not k.startswith(_NO_RECIPE)]
+    one, two = flat(run), flat(other)
+    return [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and not k.startswith(NO_RECIPE)]
+
+
+def check_name(runs: Sequence[Run], name: str) -> None:
+    """UserError where ``name`` is neither a config group nor a key of any run."""
+    known = {key for run in runs for key in (*run.choices, *flat(run))}
+    if name not in known:
+        raise UserError(f"by={name}: {runs[0].name} has no such config group or key.{nearest(name, known)}")
 
 
 def by_value(run: Run, name: str) -> Any:
-    """The option that a config group had in this run, or the value of a dotted key of its config."""
-    choices, keys = run.results["run"]["choices"], _flat(run)
-    if name in choices:
-        return None if choices[name] in ("None", "null") else choices[name]  # a group without a choice
-    if name in keys:
-        value = keys[name]
-        return tuple(value) if isinstance(value, list) else value
-    raise UserError(f"by={name}: {run.folder} has no such config group or key.{nearest(name, [*choices, *keys])}")
+    """The option that a config group had in this run, or the value of a dotted key; None where it has neither."""
+    if name in run.choices:
+        option = run.choices[name]
+        return None if option in ("None", "null") else option  # a group without a choice
+    value = flat(run).get(name)
+    return _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that a value may be a key."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def x_of(run: Run, place: str) -> float:
     """The number at ``before/...``, ``after/...``, ``last/...`` or ``config/...`` in a run's results."""
     section, _, rest = place.partition("/")
-    known = _flat(run) if section == "config" else run.results.get(section, {})
+    known = flat(run) if section == "config" else run.results.get(section, {})
     if rest not in known:
-        raise UserError(
-            f"x={place}: {run.folder} has no such number.{nearest(place, [f'{section}/{k}' for k in known])}"
-        )
+        raise UserError(f"x={place}: {run.name} has no such number.{nearest(place, [f'{section}/{k}' for k in known])}")
     value = known[rest]["value"] if section in ("before", "after") else known[rest]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"x={place}: {run.folder} has {value!r} there, which is no number")
+        raise UserError(f"x={place}: {run.name} has {value!r} there, which is no number")
     return float(value)
 
 
@@ -194,11 +188,16 @@ def check_sets(runs: Sequence[Run], sets: Sequence[str], decoding: str, headline
             raise UserError(f"sets: no run has {name}/{decoding}. There are: {', '.join(known)}")
     for run in runs:
         if not run.concepts(headline):
-            raise UserError(f"headline={headline}: {run.folder} has no such rows. There are: {', '.join(known)}")
+            raise UserError(f"headline={headline}: {run.name} has no such rows. There are: {', '.join(known)}")
 
 
-def _flat(run: Run) -> dict[str, Any]:
+def flat(run: Run) -> dict[str, Any]:
     """Dotted keys of the run's config and their values; lists are values."""
+    return dotted(run.results["run"].get("config") or {})
+
+
+def dotted(tree: Any) -> dict[str, Any]:
+    """A nested mapping as dotted keys and their values; lists are values."""
     found: dict[str, Any] = {}
 
     def walk(node: Mapping[str, Any], path: str) -> None:
@@ -208,7 +207,7 @@ def _flat(run: Run) -> dict[str, Any]:
             else:
                 found[f"{path}{key}"] = value
 
-    walk(run.results["run"]["config"], "")
+    walk(tree, "")
     return found
 
 

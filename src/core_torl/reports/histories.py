@@ -1,9 +1,10 @@
 """Metrics over the RL steps of finished runs: a curve for each cell, and where it began against where it ended.
 
-Everything comes from the runs' ``metrics.jsonl``. A run is smoothed first and averaged with the other seeds afterwards,
-so that the spread between seeds is that of smoothed runs. A mean is taken only where every seed of the cell that has
-the metric has a value: a seed that drops out of a mean would show as a step in it. What a reader would not expect of
-this becomes a note.
+Everything comes from the rows that the runs logged. A run is smoothed first and averaged with the other seeds
+afterwards, so that the spread between seeds is that of smoothed runs. A mean is taken only where every seed of the cell
+that has the metric has a value: a seed that drops out of a mean would show as a step in it. Over samples or sampled
+tokens, where seeds take steps of other lengths, each run is drawn straight from point to point and the mean is taken on
+a grid that all seeds reach. What a reader would not expect of this becomes a note.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core_torl.config.errors import UserError
 from core_torl.evaluation.statistics import Estimate, t_mean
-from core_torl.reports.finished import Group
-from core_torl.tracking.curves import BAND_FROM, Line
+from core_torl.reports.finished import Group, Run
+from core_torl.tracking.curves import AXES, BAND_FROM, Line
 from core_torl.tracking.figures import series
 from core_torl.tracking.metrics import NAT, SHARE, STEP, find
-from core_torl.tracking.mirror import read_jsonl
 
 Histories = Mapping[Path, Sequence[Mapping[str, Any]]]  # folder of a run -> its logged rows
+
+GRID = 200  # points of a mean over another axis than RL steps
+
+_LINES = 3  # notes of one kind, of which more become one
 
 _SIGNED = (NAT, "nat/token", "reward")  # units of numbers that may be negative
 
@@ -33,25 +39,47 @@ _SIGNED = (NAT, "nat/token", "reward")  # units of numbers that may be negative
 
 def read_histories(groups: Sequence[Group], notes: list[str]) -> Histories:
     """The rows of every run; a run without ``metrics.jsonl`` is missing, and a note says so."""
-    found = {}
-    for one in groups:
-        for run in one.runs.values():
-            try:
-                found[run.folder] = read_jsonl(run.folder / "metrics.jsonl")
-            except FileNotFoundError:
-                notes.append(f"{run.folder} has no metrics.jsonl: its learning curve is missing.")
-            except ValueError as error:
-                raise UserError(str(error)) from error
+    runs = [run for one in groups for run in one.runs.values()]
+    found = read_rows(runs)
+    notes += [
+        f"{run.name} has no metrics.jsonl: its learning curve is missing." for run in runs if run.folder not in found
+    ]
     return found
+
+
+def read_rows(runs: Sequence[Run]) -> dict[Path, list[dict[str, Any]]]:
+    """The logged rows of each run by its folder; runs without a file of them are missing. UserError: a broken file."""
+    found = {}
+    for run in runs:
+        try:
+            found[run.folder] = run.rows()
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return found
+
+
+def present(key: str, names: Sequence[str], histories: Histories) -> list[str]:
+    """``names`` without those that end in a question mark and that no run has; the marks are taken off.
+
+    UserError for one without such a mark that no run has a number for.
+    """
+    there = logged(histories)
+    chosen = [name.removesuffix("?") for name in names if not name.endswith("?") or name.removesuffix("?") in there]
+    check_metrics(key, chosen, histories)
+    return list(dict.fromkeys(chosen))
+
+
+def logged(histories: Histories) -> set[str]:
+    """The metrics that some run has a finite number for."""
+    rows = (row for own in histories.values() for row in own)
+    return {k for row in rows for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)} - {STEP}
 
 
 def check_metrics(key: str, names: Sequence[str], histories: Histories) -> None:
     """UserError for the first of ``names`` that no run has a number for; ``key`` is where the name was given."""
-    there: set[str] = set()
-    for rows in histories.values():
-        for row in rows:
-            there |= {k for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
-    there.discard(STEP)  # the axis itself
+    there = logged(histories)  # without the axis itself
     for name in names:
         if name not in there:
             near = difflib.get_close_matches(name, sorted(there), n=1, cutoff=0.0)
@@ -87,42 +115,77 @@ def smooth(values: Mapping[int, float], window: int, steps: Iterable[int]) -> di
     return found
 
 
-def cell_lines(one: Group, name: str, histories: Histories, window: int, confidence: float) -> list[Line]:
+def cell_lines(
+    one: Group, name: str, histories: Histories, window: int, confidence: float, axis: str = "rl_step"
+) -> list[Line]:
     """The mean over seeds where a band can be drawn around it, otherwise a line for each seed; [] without values."""
     seeds = _of_seeds(one, name, histories)
     # Some metrics have a value in few steps, others in each run: a seed counts where its window reaches one.
     every = sorted({step for values in seeds.values() for step in values})
-    curves = {seed: smooth(values, window, every) for seed, values in seeds.items()}
-    common = [step for step in every if all(step in curve for curve in curves.values())]
+    curves: dict[int, dict[float, float]] = {}
+    for seed, values in seeds.items():
+        smoothed = smooth(values, window, every)
+        places = {k: k for k in smoothed} if axis == "rl_step" else places_of(histories[one.runs[seed].folder], axis)
+        # Of steps at one place (no tokens were sampled in between) the last counts.
+        curves[seed] = {places[k]: v for k, v in smoothed.items() if k in places}
+    if axis != "rl_step" and len(curves) >= BAND_FROM:
+        curves = _on_one_grid(curves) or curves
+    points = sorted({place for curve in curves.values() for place in curve})
+    common = [place for place in points if all(place in curve for curve in curves.values())]
     if len(curves) >= BAND_FROM and common:
-        points = [(step, seed_mean(name, [c[step] for c in curves.values()], confidence)) for step in common]
-        return [Line(name, one.label, None, len(curves), points)]
+        means = [(place, seed_mean(name, [c[place] for c in curves.values()], confidence)) for place in common]
+        return [Line(name, one.label, None, len(curves), means)]
     return [
-        Line(name, one.label, seed, 1, [(step, seed_mean(name, [value], confidence)) for step, value in curve.items()])
+        Line(
+            name, one.label, seed, 1, [(place, seed_mean(name, [value], confidence)) for place, value in curve.items()]
+        )
         for seed, curve in curves.items()
     ]
 
 
+def places_of(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[int, float]:
+    """RL step -> where it lies on the axis; a step whose row does not say lies where the step before it does."""
+    steps = sorted({int(row[STEP]) for row in rows if STEP in row})
+    known, found, last = values_of(rows, AXES[axis]), {}, None
+    for step in steps:
+        last = known.get(step, 0.0 if step == 0 else last)
+        if last is not None:
+            found[step] = last
+    return found
+
+
+def _on_one_grid(curves: Mapping[int, Mapping[float, float]]) -> dict[int, dict[float, float]]:
+    """Each curve, straight from point to point, at places that all of them reach; {} where there is no such stretch."""
+    if not all(curves.values()):
+        return {}
+    first, last = max(min(curve) for curve in curves.values()), min(max(curve) for curve in curves.values())
+    if first > last:
+        return {}
+    same = len({tuple(curve) for curve in curves.values()}) == 1
+    points = min(GRID, max(len(curve) for curve in curves.values()))
+    grid = list(next(iter(curves.values()))) if same else np.linspace(first, last, points).tolist()
+    return {
+        seed: dict(zip(grid, np.interp(grid, list(curve), list(curve.values())).tolist(), strict=True))
+        for seed, curve in curves.items()
+    }
+
+
 def metric_lines(
     groups: Sequence[Group], names: Sequence[str], histories: Histories, window: int, confidence: float,
-    notes: list[str],
+    notes: list[str], axis: str = "rl_step",
 ) -> list[Line]:  # fmt: skip
     """All lines of the picture, by metric and cell. UserError for a metric that no run has."""
     check_metrics("curves", names, histories)
     found: list[Line] = []
     for name in names:
         for one in groups:
-            own = cell_lines(one, name, histories, window, confidence)
+            own = cell_lines(one, name, histories, window, confidence, axis)
             if own and own[0].seed is not None and len(own) >= BAND_FROM:
-                notes.append(f"curves: {one.label} has no RL step with {name} in all its runs: no mean of it.")
+                where = "RL step" if axis == "rl_step" else f"stretch of {axis}"
+                notes.append(f"curves: {one.label} has no {where} with {name} in all its runs: no mean of it.")
             found += own
-    for one in groups:
-        ends = {seed: _last_step(histories[run.folder]) for seed, run in one.runs.items() if run.folder in histories}
-        if len(ends) >= BAND_FROM and min(ends.values()) < max(ends.values()):
-            notes.append(
-                f"curves: the runs of {one.label} end between RL steps {min(ends.values())} and {max(ends.values())}; "
-                "means end with the first of them."
-            )
+    if axis == "rl_step":
+        _note_ends(groups, histories, notes)
     _note_gaps("curves", groups, names, histories, notes)
     return found
 
@@ -189,6 +252,26 @@ def seed_mean(name: str, values: Sequence[float], confidence: float) -> Estimate
 
 def _last_step(rows: Sequence[Mapping[str, Any]]) -> int:
     return int(max((row[STEP] for row in rows if STEP in row), default=0))
+
+
+def _note_ends(groups: Sequence[Group], histories: Histories, notes: list[str]) -> None:
+    """Cells whose means end before their longest run does; one line for all where they are many."""
+    found = {}
+    for one in groups:
+        ends = [_last_step(histories[run.folder]) for run in one.runs.values() if run.folder in histories]
+        if len(ends) >= BAND_FROM and min(ends) < max(ends):
+            found[one.label] = (min(ends), max(ends))
+    if len(found) > _LINES:
+        apart = max(last - first for first, last in found.values())
+        notes.append(
+            f"curves: in {len(found)} cells runs end at different RL steps, up to {apart} apart; means end with the "
+            "first of them."
+        )
+        return
+    notes += [
+        f"curves: the runs of {label} end between RL steps {first} and {last}; means end with the first of them."
+        for label, (first, last) in found.items()
+    ]
 
 
 def _note_gaps(key: str, groups: Sequence[Group], names: Sequence[str], histories: Histories, notes: list[str]) -> None:

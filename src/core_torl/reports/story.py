@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Story:
     """A report before it is written.
 
-    ``template`` is core, torl, sweep or run. ``comparison`` holds all numbers, see ``comparing.compare``; ``groups``
+    ``template`` is core, torl, sweep or run. ``comparison`` holds all numbers, see ``numbers.compare``; ``groups``
     the runs of its cells in the same order. ``histories`` are the logged rows of each run, ``curves`` the lines that
     were drawn from them and ``colours`` the colour of each cell. ``runs`` is the aggregate: a row for each run found,
     finished or not, see ``aggregate``. ``figures`` maps a caption to its SVG file, in the order of the page.

@@ -5,7 +5,6 @@ Order matters: what can fail cheaply (data, prompts, rewards) is built before wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from core_torl.config import UserError, build
 from core_torl.config.build import trust
 from core_torl.data.base import ProblemSets
 from core_torl.data.prompt import PromptTemplate
+from core_torl.evaluation.distractors import check_distractors
+from core_torl.launch.record import local_rank
 from core_torl.model.load import Policy, check_model
 from core_torl.problem import Concept, Problem
 
@@ -80,7 +81,7 @@ def device_of(cfg: DictConfig) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise UserError("trainer.accelerator=cuda: this machine has no CUDA device; use trainer=cpu")
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    return f"cuda:{local_rank()}"
 
 
 def prepare(cfg: DictConfig) -> Prepared:
@@ -91,7 +92,10 @@ def prepare(cfg: DictConfig) -> Prepared:
     if cfg.tool.call_budget:
         build(cfg.tool.observation)  # refused here, not after a minute of loading
         sandbox = build(cfg.sandbox)
-    return Prepared(load_problems(cfg), template, build(cfg.reward), build(cfg.evaluation), sandbox)
+    problems = load_problems(cfg)
+    if cfg.evaluation.distractors:
+        check_distractors(list(cfg.evaluation.distractors), problems.test)
+    return Prepared(problems, template, build(cfg.reward), build(cfg.evaluation), sandbox)
 
 
 def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:

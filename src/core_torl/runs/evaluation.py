@@ -9,10 +9,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core_torl.config import UserError
+from core_torl.launch.record import add, read_record
+from core_torl.runs.account import data_hashes, gpu_names
 from core_torl.runs.assemble import assemble, prepare
-from core_torl.runs.results import make_tracker, write_results
-from core_torl.runs.training import evaluate_now, quiet
+from core_torl.runs.results import choices, make_tracker, write_results
+from core_torl.runs.training import evaluate_now, headline, quiet
 from core_torl.tracking.console import estimates_table, make_console, print_config_tree
+from core_torl.tracking.metrics import SAMPLES, TOKENS
 from core_torl.variant.checkpoint import newest, read
 
 log = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ def warn_of_differences(cfg: DictConfig, trained: dict[str, Any]) -> None:
 
 
 def evaluate(cfg: DictConfig) -> float:
-    """Print and store all accuracies; returns the mean accuracy over sets and ways of decoding."""
+    """Print and store all accuracies; returns one number for sweepers, that of ``headline``."""
     quiet()
     console = make_console()
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -43,6 +46,8 @@ def evaluate(cfg: DictConfig) -> float:
             )
         state = read(file)
         warn_of_differences(cfg, state["core_torl"]["fingerprint"])
+    output = Path(cfg.paths.output_dir)
+    tracker = make_tracker(cfg, output, None)  # logs nothing yet
     prepared = prepare(cfg)
     print_config_tree(tree, console)
     parts = assemble(cfg, prepared)
@@ -51,23 +56,31 @@ def evaluate(cfg: DictConfig) -> float:
             parts.policy.load_state({n.removeprefix("model."): t for n, t in state["state_dict"].items()})
         except ValueError as error:
             raise UserError(f"checkpoint={cfg.checkpoint}: {error}") from error
-    output = Path(cfg.paths.output_dir)
-    tracker = make_tracker(cfg, output, None)
     failed = True
     try:
-        tracker.log_config(tree)
+        add(output, provenance={"data": data_hashes(parts.problems), "gpus": gpu_names()})
+        tracker.log_config({**tree, "choices": choices()})
         results = evaluate_now(parts)
-        step = state["core_torl"]["rl_step"] if state else 0
-        tracker.log_metrics(parts.evaluation.metrics(results), step=step)
+        at = state["core_torl"] if state else {"rl_step": 0, "samples": 0, "tokens": 0}
+        spent = {SAMPLES: at["samples"], TOKENS: at["tokens"]}
+        tracker.log_metrics(parts.evaluation.metrics(results) | spent, step=at["rl_step"])
         estimates = parts.evaluation.estimates(results)
         console.print(estimates_table(estimates))
         per_concept = parts.evaluation.per_concept(results)
-        tracker.log_table("per_concept", list(per_concept[0]), [list(row.values()) for row in per_concept])
-        write_results(output / "results.json", estimates=estimates, per_concept=per_concept, data=parts.problems.report)
+        columns = list(dict.fromkeys(column for row in per_concept for column in row))  # some sets have more
+        tracker.log_table("per_concept", columns, [[row.get(column) for column in columns] for row in per_concept])
+        objective = headline(estimates)
+        write_results(
+            output / "results.json", estimates=estimates, per_concept=per_concept, data=parts.problems.report,
+            run={"choices": choices(), "config": tree}, objective=objective,
+            provenance=(read_record(output) or {}).get("provenance"),
+        )  # fmt: skip
+        tracker.log_files(output)
         console.print(f"Wrote results.json in {output}")
         failed = False
-        values = [e.value for label, e in estimates.items() if label.endswith("/accuracy")]
-        return sum(values) / len(values)
+        return objective
     finally:
-        parts.close()
-        tracker.finish(exit_code=1 if failed else 0)
+        try:
+            parts.close()
+        finally:
+            tracker.finish(exit_code=1 if failed else 0)

@@ -21,19 +21,18 @@ from core_torl.tracking.wandb_run import Tracker
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "hydra-core", "wandb", "math-verify")
 
 
-def is_main_process() -> bool:
-    """False in the further ranks that a launcher started: they train, and nothing else."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
 def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
     """The run's tracker. Group: the configured one, else the sweep's folder, else the options. Tags: overrides too."""
     logger = cfg.logger
+    if "policy" in logger.artifacts and not cfg.get("export", True):
+        raise UserError("logger.artifacts: policy needs export=true, which writes it; set that or leave policy out")
     group, job_type, overrides = logger.group, logger.job_type, []
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
         job_type = job_type or hydra.job.name
-        overrides = [o for o in hydra.overrides.task if not o.startswith(("paths.", "resume="))]
+        # What says where a run goes or how it is followed would tell nothing about it.
+        places = ("paths.", "resume=", "reproduces=", "logger.")
+        overrides = [o for o in hydra.overrides.task if not o.startswith(places)]
         choices = hydra.runtime.choices
         if group is None and hydra.mode == RunMode.MULTIRUN:
             group = Path(hydra.sweep.dir).name
@@ -45,7 +44,8 @@ def make_tracker(cfg: DictConfig, output: Path, run_id: str | None) -> Tracker:
             # W&B refuses tags of more than 64 characters.
             tags=[t[:64] for t in [*logger.tags, *overrides]], job_type=job_type or "train", name=logger.name,
             run_id=run_id, sample_rows=logger.sample_rows, system_metrics=logger.system_metrics,
-            jsonl_path=str(output / "metrics.jsonl"),
+            system_every_s=logger.system_every_s, artifacts=list(logger.artifacts),
+            jsonl_path=str(output / "metrics.jsonl"), rollouts_path=str(output / "rollouts.jsonl"),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from core_torl.augmentation.variations import Augmentation
 from core_torl.config import UserError, build
 from core_torl.config.build import class_of
 from core_torl.data.base import ProblemSets
+from core_torl.evaluation.distractors import is_distracted, with_distractors
 from core_torl.evaluation.protocol import Evaluation, SetResult
+from core_torl.evaluation.statistics import Estimate
+from core_torl.launch.record import add, is_main_process, read_record
 from core_torl.problem import Problem
+from core_torl.runs.account import compared, comparison_line, compute_used, data_hashes, first_results, gpu_names
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
-from core_torl.runs.callbacks import EvaluateEvery, SampleTables
-from core_torl.runs.results import choices, is_main_process, make_tracker, write_results
+from core_torl.runs.callbacks import EvaluateEvery, RolloutTables
+from core_torl.runs.results import choices, make_tracker, write_results
 from core_torl.runs.transcripts import write_transcripts
 from core_torl.tracking.comparison_table import PRIMED
 from core_torl.tracking.console import make_console, print_config_tree, results_table
@@ -100,11 +105,13 @@ def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
 def train(cfg: DictConfig) -> float:
     """Run everything; returns the mean of the after-training headline accuracies, for sweepers."""
     quiet()
-    main = is_main_process()
+    started, main = time.monotonic(), is_main_process()
+    first = first_results(cfg.reproduces)
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     output = Path(cfg.paths.output_dir)
     checkpoint = resolve(cfg.resume, output)
     saved = read(checkpoint)["core_torl"] if checkpoint else None
+    tracker = make_tracker(cfg, output, saved["run_id"] if saved else tracked_before(cfg, output))  # logs nothing yet
     prepared = prepare(cfg)
     check_enough(cfg, prepared)
     augment = augmenter(cfg, prepared.problems)
@@ -127,19 +134,24 @@ def train(cfg: DictConfig) -> float:
     parts = assemble(cfg, prepared)
     try:
         module = make_module(cfg, parts, coach, marks, augment)
-        tracker = make_tracker(cfg, output, saved["run_id"] if saved else None)
     except BaseException:
         parts.close()
         raise
     failed = True
     try:
-        tracker.log_config(tree)
-        tracker.rewind(saved["rl_step"] if saved else -1)
+        add(output, wandb_id=tracker.run_id, provenance={"data": data_hashes(parts.problems), "gpus": gpu_names()})
+        tracker.log_config({**tree, "choices": choices()})
+        if saved:
+            tracker.rewind(saved["rl_step"], saved["samples"], saved["tokens"])
+        else:
+            tracker.rewind(-1)
         before = evaluate_now(parts) if main else []
         if main and not saved:
             tracker.log_metrics(parts.evaluation.metrics(before), step=0)
         saver = RLCheckpoint(output / "checkpoints", cfg.callbacks.checkpoint_every, cfg.callbacks.checkpoint_keep)
-        callbacks: list[pl.Callback] = [SampleTables(tracker, cfg.callbacks.samples_every)]
+        callbacks: list[pl.Callback] = []
+        if cfg.callbacks.samples_every:
+            callbacks.append(RolloutTables(tracker, cfg.callbacks.samples_every, cfg.logger.sample_rows))
         if cfg.evaluate_every:
             callbacks.append(
                 EvaluateEvery(cfg.evaluate_every, lambda: evaluate_now(parts), parts.evaluation.metrics, tracker)
@@ -165,12 +177,20 @@ def train(cfg: DictConfig) -> float:
                 f"Go on with the same command and hydra.run.dir={output} resume=auto"
             )
             raise SystemExit(130)
-        headline = finish(cfg, parts, module, tracker, before, output)
+        headline = finish(cfg, parts, module, tracker, before, output, started, first)
         failed = False
         return headline
     finally:
-        parts.close()
-        tracker.finish(exit_code=1 if failed else 0)
+        try:
+            parts.close()
+        finally:
+            tracker.finish(exit_code=1 if failed else 0)
+
+
+def tracked_before(cfg: DictConfig, output: Path) -> str | None:
+    """The W&B id of an earlier attempt at this run that left no checkpoint, where the run is to go on; else None."""
+    record = read_record(output) if cfg.resume == "auto" else None
+    return record.get("wandb_id") if record else None
 
 
 def make_module(
@@ -187,50 +207,79 @@ def make_module(
 
 
 def finish(
-    cfg: DictConfig, parts: Parts, module: PolicyGradient, tracker: Any, before: list[SetResult], output: Path
-) -> float:
-    """Evaluate the trained policy, then write tables, picture, results and the exported policy."""
+    cfg: DictConfig, parts: Parts, module: PolicyGradient, tracker: Any, before: list[SetResult], output: Path,
+    started: float, first: dict[str, Any] | None,
+) -> float:  # fmt: skip
+    """Evaluate the trained policy, then write tables, picture, the exported policy and, last of all, the results.
+
+    ``first`` are the results of the run that this one repeats.
+    """
     evaluation: Evaluation = parts.evaluation
     after = evaluate_now(parts)
     tracker.log_metrics(evaluation.metrics(after), step=module.rl_step)
     estimates = evaluation.estimates(before), evaluation.estimates(after)
     gains = evaluation.differences(before, after)
     console.print(results_table(*estimates, gains))
+    history = read_jsonl(output / "metrics.jsonl")
+    # A run that was stopped after its last step has no step of its own; the metrics of that one stand in the file.
+    last = module.last_metrics or next((r for r in reversed(history) if "train/optimizer_steps" in r), {})
     picture = output / "results.png"
     title = f"{cfg.variant._target_.rsplit('.', 1)[-1]}, {module.rl_step} RL steps, seed {cfg.seed}"
     run = {"choices": choices(), "config": OmegaConf.to_container(cfg, resolve=True), "seed": cfg.seed,
            "rl_steps": module.rl_step, "sandbox": getattr(parts.sandbox, "isolation", None)}  # fmt: skip
-    learning_curves_and_bars(read_jsonl(output / "metrics.jsonl"), *estimates, picture, title)
+    learning_curves_and_bars(history, *estimates, picture, title)
     tracker.log_picture("results", picture, rl_step=module.rl_step)
-    write_results(
-        output / "results.json", before=estimates[0], after=estimates[1], gains=gains,
-        per_concept=evaluation.per_concept(after), per_concept_before=evaluation.per_concept(before),
-        data=parts.problems.report, last=module.last_metrics, run=run,
-    )  # fmt: skip
     write_transcripts(output / "transcripts.md", before, after, parts.problems.test)
-    written = ["results.json", "results.png", "transcripts.md", "metrics.jsonl", "checkpoints/"]
+    written = ["results.json", "results.png", "transcripts.md", "metrics.jsonl", "rollouts.jsonl", "checkpoints/"]
     if cfg.export:
         parts.policy.export(output / "policy")
         written.append("policy/ (save_pretrained)")
+    objective = headline(estimates[1])
+    record = read_record(output) or {}
+    provenance = record.get("provenance") or {}
+    repeated = compared(first, estimates[1], last, provenance, cfg.reproduces) if first else None
+    write_results(
+        output / "results.json", before=estimates[0], after=estimates[1], gains=gains,
+        per_concept=evaluation.per_concept(after), per_concept_before=evaluation.per_concept(before),
+        data=parts.problems.report, last=last, run=run, objective=objective,
+        provenance=provenance, compute=compute_used(started, history, last, output, gpu_names()),
+        reproduces=repeated,
+    )  # fmt: skip
+    tracker.log_files(output)
     console.print(f"Wrote {', '.join(written)} in {output}")
-    measure = "robust_accuracy" if any(label.endswith("robust_accuracy") for label in estimates[1]) else "accuracy"
-    headline = {label: e for label, e in estimates[1].items() if not label.split("/")[0].endswith(PRIMED)}
-    values = [e.value for label, e in headline.items() if label.endswith(f"/{measure}")]
+    if repeated:
+        console.print(comparison_line(repeated), style="red" if repeated["differ"] else None, soft_wrap=True)
+    return objective
+
+
+def headline(after: Mapping[str, Estimate]) -> float:
+    """One number for sweepers: the mean over test sets of robust accuracy, or of accuracy where nothing is permuted.
+
+    Diagnoses, which put a text before the question, are left out.
+    """
+    names = {label: label.split("/")[0] for label in after}
+    plain = {label: after[label] for label, name in names.items() if not (name.endswith(PRIMED) or is_distracted(name))}
+    measure = "robust_accuracy" if any(label.endswith("robust_accuracy") for label in plain) else "accuracy"
+    values = [e.value for label, e in plain.items() if label.endswith(f"/{measure}")]
     return sum(values) / len(values)
 
 
 def evaluate_now(parts: Parts) -> list[SetResult]:
     """All test sets under the current weights, the concept never in the prompt.
 
-    ``evaluation.primed`` adds the same problems once more, under the name NAME_primed, with the concept: a diagnosis.
+    Two diagnoses may come beside: ``evaluation.primed`` adds the same problems once more, under the name NAME_primed,
+    with the concept, and ``evaluation.distractors`` with concepts of other problems, as NAME_distractorsK.
     """
     tools = parts.sampler, parts.encode, parts.reward, parts.policy.tokenizer
-    results = parts.evaluation.run(parts.problems.test, *tools)
+    results = plain = parts.evaluation.run(parts.problems.test, *tools)
     if parts.evaluation.primed:
         chosen = {name: parts.evaluation.choose(part, name) for name, part in parts.problems.test.items()}
         sets = {f"{name}{PRIMED}": [p for p in part if p.concept] for name, part in chosen.items()}
         primed = parts.sampler, lambda p, _: parts.encode(p, p.concept), parts.reward, parts.policy.tokenizer
-        results += parts.evaluation.run({name: part for name, part in sets.items() if part}, *primed)
+        results = results + parts.evaluation.run({name: part for name, part in sets.items() if part}, *primed)
+    if parts.evaluation.distractors:
+        rest = parts.template, parts.sampler, parts.reward, parts.policy.tokenizer
+        results = results + with_distractors(parts.evaluation, parts.problems.test, plain, *rest)
     return results
 
 

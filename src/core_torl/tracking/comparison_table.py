@@ -196,8 +196,10 @@ def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
 
 
 def absent(comparison: Mapping[str, Any]) -> list[str]:
-    """The runs that are in no cell, and why."""
-    return [f"{run['folder']}: {run['why']}" for run in comparison["unfinished"]]
+    """The runs that are in no cell, how they stand, and why."""
+    return [
+        f"{run['folder']}: {', '.join(filter(None, (run['state'], run['why'])))}" for run in comparison["unfinished"]
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Metrics over the RL steps, a small panel for each: ``curves.png``, and ``curves.csv`` with the numbers drawn in it.
+"""Metrics over RL steps, samples or tokens, a small panel for each: ``curves.png``, and its numbers in ``curves.csv``.
 
 A line is a cell: the mean over its seeds with the t-interval of that mean as a band. An interval from one or two seeds
 would be made of nearly nothing, so such a cell shows its seeds themselves, as thin lines. A cell has the colour that it
@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from core_torl.tracking.comparison_figures import COLOURS, DARK, save_figure
 from core_torl.tracking.estimate import Estimate
-from core_torl.tracking.metrics import SHARE, find
+from core_torl.tracking.metrics import SHARE, STEP, find
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = ("metric", "cell", "seed", "step", "mean", "low", "high", "seeds")  # of curves.csv
+# What a curve can be drawn over -> the metric that holds it.
+AXES = {"rl_step": STEP, "samples": "train/samples", "sampled_tokens": "train/sampled_tokens"}
+AXIS_WORDS = {"rl_step": "RL step", "samples": "sampled answer", "sampled_tokens": "sampled token"}
 BAND_FROM = 3  # seeds that a band needs
+FEW_POINTS = 12  # of a line over another axis than RL steps, whose points are then marked
 WIDTH = 11.0  # inches of the picture, 1210 pixels
 _UNITS = {"s": "seconds", "count": "number", "1": ""}
 _SMALL = 11.5  # points
@@ -35,29 +39,32 @@ _SMALL = 11.5  # points
 class Line:
     """One line of one panel: the mean over the ``seeds`` of a cell, or with ``seed`` that run alone.
 
-    ``points`` are (RL step, value) in ascending order; the values of a lone run have no interval, its ends are nan.
+    ``points`` are (place on the axis, value) in ascending order, the axis being RL steps, samples or sampled tokens;
+    the values of a lone run have no interval, its ends are nan.
     """
 
     metric: str
     cell: str
     seed: int | None
     seeds: int
-    points: Sequence[tuple[int, Estimate]]
+    points: Sequence[tuple[float, Estimate]]
 
 
-def write_numbers(lines: Sequence[Line], path: str | os.PathLike[str]) -> Path:
+def write_numbers(lines: Sequence[Line], path: str | os.PathLike[str], axis: str = "rl_step") -> Path:
     """All points as CSV, in the metric's own unit; ``seed`` is empty for a mean, ``low`` and ``high`` for a lone run.
 
-    Numbers are written in full, so that the picture can be made from the file.
+    The column ``step`` is named after the axis where that is another. Numbers are written in full, so that the picture
+    can be made from the file.
     """
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(COLUMNS)
+        rows.writerow(COLUMNS if axis == "rl_step" else [axis if name == "step" else name for name in COLUMNS])
         for line in lines:
             for step, estimate in line.points:
                 ends = [repr(end) if math.isfinite(end) else "" for end in (estimate.low, estimate.high)]
                 seed = "" if line.seed is None else line.seed
-                rows.writerow([line.metric, line.cell, seed, step, repr(estimate.value), *ends, line.seeds])
+                place = int(step) if step == int(step) else step
+                rows.writerow([line.metric, line.cell, seed, place, repr(estimate.value), *ends, line.seeds])
     return Path(path)
 
 
@@ -78,11 +85,12 @@ def curves_figure(
     title: str,
     window: int = 1,
     confidence: float = 0.95,
+    axis: str = "rl_step",
 ) -> Path:
     """Draw the cells of ``colours``, a panel for each of ``metrics``, to a PNG at ``path`` and an SVG beside it.
 
-    ``window`` is how many RL steps of a run a point was averaged over. Raises ValueError if there is nothing to draw or
-    ``path`` does not end in ``.png``.
+    ``window`` is how many RL steps of a run a point was averaged over, ``axis`` one of ``AXES``. Raises ValueError if
+    there is nothing to draw or ``path`` does not end in ``.png``.
     """
     lines = [line for line in lines if line.cell in colours and line.points]
     if not metrics or not lines:
@@ -101,17 +109,21 @@ def curves_figure(
                 axes.remove()
                 continue
             own = [line for line in lines if line.metric == metrics[place]]
-            draw_panel(axes, metrics[place], own, colours, 92 if columns == 1 else 42)
+            draw_panel(axes, metrics[place], own, colours, 92 if columns == 1 else 42, axis)
             # Below the last panel of each column, which is not in the last row where their number is odd.
             if place + columns >= len(metrics):
-                axes.set_xlabel("RL step" + (f" (moving average of {window} steps in each run)" if window > 1 else ""))
+                words = "moving average of {} steps in each run" if axis == "rl_step" else "mean of {} RL steps"
+                average = f" ({words.format(window)})" if window > 1 else ""
+                axes.set_xlabel(f"{AXIS_WORDS[axis]}{'' if axis == 'rl_step' else 's'}{average}")
                 axes.tick_params(labelbottom=True)
         figure.legend(handles=entries, loc="outside lower left", ncols=legend_columns, fontsize=_SMALL)
 
     return save_figure(draw, path, title, (WIDTH, height))
 
 
-def draw_panel(axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[str, str], wide: int) -> None:
+def draw_panel(
+    axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[str, str], wide: int, axis: str = "rl_step"
+) -> None:
     """One metric: what it says above the panel in at most two lines of ``wide`` letters, and its name below that."""
     from matplotlib.ticker import MaxNLocator
 
@@ -121,7 +133,8 @@ def draw_panel(axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[
         steps = [step for step, _ in line.points]
         colour, values = colours[line.cell], [scale * e.value for _, e in line.points]
         # Where values are rare it shows which points of the line are measured.
-        rare = 2 * len(steps) <= steps[-1] - steps[0] or len(steps) == 1
+        rare = len(steps) <= FEW_POINTS if axis != "rl_step" else 2 * len(steps) <= steps[-1] - steps[0]
+        rare = rare or len(steps) == 1
         thin = line.seed is not None
         axes.plot(
             steps, values, color=colour, linewidth=1.0 if thin else 2.0, alpha=0.85 if thin else 1.0,
@@ -145,6 +158,8 @@ def draw_panel(axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    if axis != "rl_step":
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _heading(meaning: str, wide: int) -> str:

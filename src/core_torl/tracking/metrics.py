@@ -1,4 +1,4 @@
-"""Every logged number, with its unit and its meaning: the one place where a metric gets its name.
+"""Every logged number, table and file, with its meaning: the one place where what is logged gets its name.
 
 A misspelt name opens a second, empty curve and nobody notices, so names are checked where they are logged. A name may
 hold ``{fields}``: one field stands for one segment between slashes, ``reward/outcome/{outcome}`` covers
@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-STEP = "train/rl_step"  # the horizontal axis of every curve
+STEP = "train/rl_step"  # the horizontal axis of every curve, unless another is chosen
+SAMPLES, TOKENS = "train/samples", "train/sampled_tokens"
+AXES = (STEP, SAMPLES, TOKENS)  # what a curve may be drawn against: they stand in every row
 SHARE, COUNT, NAT, SECOND = "share", "count", "nat", "s"
 
 
@@ -39,8 +41,8 @@ class Metric:
 
 _TRAIN = (
     Metric(STEP, COUNT, "finished RL steps; one step samples, rewards and learns once"),
-    Metric("train/samples", COUNT, "trajectories sampled since the start of the run, all ranks"),
-    Metric("train/sampled_tokens", "tokens", "tokens sampled by the policy since the start of the run, all ranks"),
+    Metric(SAMPLES, COUNT, "trajectories sampled since the start of the run, all ranks"),
+    Metric(TOKENS, "tokens", "tokens sampled by the policy since the start of the run, all ranks"),
     Metric("train/optimizer_steps", COUNT, "optimizer steps since the start of the run"),
     Metric("train/epoch", "passes", "passes over the training prompts, with a fraction"),
 )
@@ -164,6 +166,10 @@ _EVAL_MEASURES = (
     ("unparsed", SHARE, "answers from which nothing could be read"),
     ("truncated", SHARE, "answers cut by the token limit"),
     ("excluded", SHARE, "answers that could not be judged (timeouts, errors)"),
+    ("retained", SHARE, "of the problems solved without distractors, those solved with them; NAME_distractorsK only"),
+    ("retained_low", SHARE, "lower end of the interval of that share"),
+    ("retained_high", SHARE, "upper end of the interval of that share"),
+    ("left_out", COUNT, "problems left out because they have no concept or their prompt with distractors is too long"),
     ("code_ratio", SHARE, "answers with a closed python block; this and the next four with tools only"),
     ("pass_ratio", SHARE, "programs run that ended without an error"),
     ("executed_ratio", "runs/block", "programs run over python blocks written"),
@@ -174,6 +180,69 @@ _EVAL = tuple(Metric(f"eval/{{set}}/{{protocol}}/{measure}", unit, text) for mea
 
 _ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_CORE, *_TOOL, *_TIME, *_EVAL)
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Something logged that is no number: a table or picture in W&B, an artifact, a file of the run's folder."""
+
+    name: str
+    kind: str
+    meaning: str
+
+
+_ONE_ANSWER = "a row has one answer with its problem, reward and outcome, as the policy wrote it before any coach"
+KEPT: dict[str, Kept] = {
+    k.name: k
+    for k in (
+        Kept(
+            "rollouts/best",
+            "table",
+            f"answers with the highest rewards, one a problem; none where all earned the same; {_ONE_ANSWER}",
+        ),
+        Kept(
+            "rollouts/worst", "table", "answers with the lowest rewards, one a problem; none where all earned the same"
+        ),
+        Kept(
+            "rollouts/newly_solved",
+            "table",
+            "right answers to problems all of whose answers were wrong each time they came before",
+        ),
+        Kept(
+            "rollouts/triggered",
+            "table",
+            "groups that got an intervention: what the coach showed, the first failed plain answer and the first "
+            "primed one side by side, rewards without a bonus, and how many primed answers are right",
+        ),
+        Kept(
+            "rollouts/tools",
+            "table",
+            "answers that had programs run: calls numbered, observations between marks; a line of the text itself that "
+            "looks like a mark has a backslash before it",
+        ),
+        Kept("rollouts/even", "table", "answers at even distances through the step, whatever they earned"),
+        Kept("per_concept", "table", "accuracy of each concept in an evaluation (core-torl-evaluate)"),
+        Kept("results", "picture", "learning curves, and accuracy before and after training"),
+        Kept(
+            "results-{run}",
+            "artifact",
+            "of type results: results.json, metrics.jsonl, rollouts.jsonl, transcripts.md, run.json; those that exist",
+        ),
+        Kept("checkpoint-{run}", "artifact", "of type checkpoint: the newest checkpoint (logger.artifacts)"),
+        Kept("policy-{run}", "artifact", "of type policy: the exported policy (logger.artifacts)"),
+        Kept("results.json", "file", "what was measured; also among the files of the W&B run"),
+        Kept(
+            "run.json",
+            "file",
+            "command, state and origin of the run; what W&B has of it is from before the end, so it says running",
+        ),
+        Kept("metrics.jsonl", "file", "every logged row of numbers, one JSON object a line"),
+        Kept(
+            "rollouts.jsonl", "file", "the rows of the tables rollouts/*, with kind and rl_step, one JSON object a line"
+        ),
+        Kept("transcripts.md", "file", "answers to test problems before and after training"),
+    )
+}
 
 
 def find(name: str) -> Metric | None:
@@ -192,8 +261,22 @@ def check_names(metrics: Mapping[str, object]) -> None:
             )
 
 
+def check_kept(name: str, kind: str) -> None:
+    """Raise a one-line ValueError if no table, picture, artifact or file of this ``kind`` has this name."""
+    known = [k.name for k in KEPT.values() if k.kind == kind]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(f"unknown {kind} {name!r}; the nearest known one is {near[0]!r} (see tracking/metrics.py)")
+
+
 def glossary_markdown() -> str:
     """All metrics as a Markdown table with the columns metric, unit, meaning."""
     # A bare bar would open a new column.
     rows = [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for m in METRICS.values()]
     return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def kept_markdown() -> str:
+    """All tables, pictures, artifacts and files as a Markdown table with the columns name, kind, meaning."""
+    rows = [f"| `{k.name}` | {k.kind} | {k.meaning} |" for k in KEPT.values()]
+    return "\n".join(["| name | kind | meaning |", "|---|---|---|", *rows]) + "\n"

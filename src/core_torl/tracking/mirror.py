@@ -1,4 +1,4 @@
-"""A plain copy of every logged number: ``metrics.jsonl``, one JSON object a line.
+"""A plain copy of what is logged, one JSON object a line: ``metrics.jsonl`` of numbers, ``rollouts.jsonl`` of answers.
 
 It needs no account, no reader and no clean end of the run. A run that resumes from RL step k forgets the lines after k,
 so each step stands in the file once and curves drawn from it are right. The file is opened for each line and closed
@@ -17,7 +17,7 @@ from core_torl.tracking.metrics import STEP
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a torn last line is left out.
+    """The rows of such a file; a torn last line is left out.
 
     Raises FileNotFoundError if there is no such file, ValueError if a line before the last is no JSON object.
     """
@@ -38,12 +38,13 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class JsonlMirror:
     """Appends rows to ``path``, whose folder is made if need be; an existing file is continued.
 
-    With ``resume_from_step=k``, rows whose ``train/rl_step`` is greater than k are dropped first. Numbers that are not
-    finite are written as NaN and Infinity, which Python and pandas read: a loss that diverged must stay visible.
+    With ``resume_from_step=k``, rows whose RL step, under ``step_key``, is greater than k are dropped first. Numbers
+    that are not finite are written as NaN and Infinity, which Python and pandas read: a loss that diverged must stay
+    visible.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_from_step: int | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], resume_from_step: int | None = None, step_key: str = STEP):
+        self.path, self.step_key = Path(path), step_key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.rewind(resume_from_step)
@@ -53,7 +54,7 @@ class JsonlMirror:
         if not self.path.exists():
             return 0
         rows = read_jsonl(self.path)
-        kept = [row for row in rows if step is None or row.get(STEP, 0) <= step]
+        kept = [row for row in rows if step is None or row.get(self.step_key, 0) <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         # Written aside and moved over, so that a kill in between leaves the old file whole.
         aside = self.path.with_name(self.path.name + ".rewrite")
@@ -64,7 +65,7 @@ class JsonlMirror:
         aside.replace(self.path)
         return len(rows) - len(kept)
 
-    def append(self, row: Mapping[str, float]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it is on its way to the disk when the call returns."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")

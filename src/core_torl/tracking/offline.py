@@ -17,12 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core_torl.tracking.metrics import STEP
+from core_torl.tracking.metrics import AXES
 
 HEADER = struct.Struct("<4sHB")
 PIECE = struct.Struct("<IHB")
 BLOCK_BYTES = 32 * 1024
 WHOLE, FIRST, LAST = 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineFile:
+    """A file of an artifact: its name there, its size in bytes, and the copy that waits to be sent."""
+
+    name: str
+    size: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineArtifact:
+    """An artifact that was logged. W&B itself makes one of type ``run_table`` of each table."""
+
+    name: str
+    type: str
+    aliases: tuple[str, ...]
+    files: tuple[OfflineFile, ...]
 
 
 @dataclass(slots=True)
@@ -32,6 +51,8 @@ class OfflineRun:
     ``config`` has the flat keys that were logged. ``history`` has one dict a logged row of numbers, in order, and
     ``summary`` the last value of each. ``step_metrics`` maps a metric or a glob to its horizontal axis. ``media`` maps
     a key to its kind (``table-file``, ``image-file``), ``files`` to the files logged under it, oldest first.
+    ``artifacts`` are in the order of logging. ``saved`` are the files kept with the run, ``results.json`` say.
+    ``system`` has one dict a record of the machine: ``time`` in seconds since 1970, then W&B's names (``cpu``, say).
     ``exit_code`` is None if the run never ended; ``truncated`` is True if the file stops within a record or is damaged
     there, and ``damage`` says how.
     """
@@ -50,6 +71,9 @@ class OfflineRun:
     media: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[Path]] = field(default_factory=dict)
     step_metrics: dict[str, str] = field(default_factory=dict)
+    artifacts: list[OfflineArtifact] = field(default_factory=list)
+    saved: list[Path] = field(default_factory=list)
+    system: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
     truncated: bool = False
     damage: str = ""
@@ -111,7 +135,7 @@ def _records(data: bytes, path: Path) -> Iterator[bytes]:
 
 def _items(items: Iterable[Any]) -> dict[str, Any]:
     """Keys and values of one record; a nested key is joined with dots. W&B's own keys open with an underscore."""
-    pairs = {".".join(item.nested_key) or item.key: item.value_json for item in items}
+    pairs = {".".join(getattr(item, "nested_key", ())) or item.key: item.value_json for item in items}
     return {key: _value(text) for key, text in pairs.items() if not key.startswith("_")}
 
 
@@ -167,7 +191,7 @@ def _take(run: OfflineRun, record: Any) -> None:
     elif kind == "history":
         numbers, media = _split_media(_items(record.history.item))
         # A row that only carries a table or a picture has nothing to plot.
-        if not media or numbers.keys() - {STEP}:
+        if not media or numbers.keys() - set(AXES):
             run.history.append(numbers)
         for key, said in media.items():
             run.media[key] = said["_type"]
@@ -178,5 +202,16 @@ def _take(run: OfflineRun, record: Any) -> None:
             run.summary.pop(".".join(item.nested_key) or item.key, None)
     elif kind == "metric":
         run.step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+    elif kind == "artifact":
+        said = record.artifact
+        held = (OfflineFile(e.path, e.size, Path(e.local_path)) for e in said.manifest.contents)
+        run.artifacts.append(OfflineArtifact(said.name, said.type, tuple(said.aliases), tuple(held)))
+    elif kind == "files":
+        # Tables and pictures are listed here too; those are in `files`.
+        saved = [run.path.parent / "files" / f.path for f in record.files.files if not f.path.startswith("media/")]
+        run.saved += [path for path in saved if path not in run.saved]
+    elif kind == "stats":
+        when = record.stats.timestamp
+        run.system.append({"time": when.seconds + when.nanos / 1e9, **_items(record.stats.item)})
     elif kind == "exit":
         run.exit_code = record.exit.exit_code

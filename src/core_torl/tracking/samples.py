@@ -1,18 +1,20 @@
-"""What the policy wrote, as rows of a table: a curve says that something changed, a sample says what.
+"""What the policy wrote, as a person reads it: a curve says that something changed, an answer says what.
 
-A row is a plain dict with the keys of ``SAMPLE_COLUMNS``. Of all rows of a step a few are shown, taken at even
-distances, so that they come from different groups.
+Text of the policy and text of a tool look alike, so an answer with calls has its observations between marks. A line
+that a policy or a program wrote itself and that opens like a mark gets a backslash: no text can pass for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from core_torl.problem import Problem
 from core_torl.trajectory import Trajectory
 
-SAMPLE_COLUMNS = ("rl_step", "problem", "concept", "reward", "outcome", "finish", "tokens", "answer")
+MARK = ">>> "
+OBSERVATION, END = f"{MARK}observation (not sampled, not trained)", f"{MARK}end of observation"
 
 
 def problem_text(problem: Problem) -> str:
@@ -21,10 +23,29 @@ def problem_text(problem: Problem) -> str:
     return "\n".join([f"[{problem.uid}] {problem.question}", *options])
 
 
-def sample_row(trajectory: Trajectory) -> dict[str, Any]:
-    """One trajectory as a row, without its step. ``reward`` is None where nothing could be judged."""
+def marked_transcript(trajectory: Trajectory) -> str:
+    """The answer with each call numbered, its status, and its observation between ``OBSERVATION`` and ``END``."""
+    calls = trajectory.sample.calls
+    turns = iter(trajectory.turns)
+    parts = [_quoted(next(turns))]
+    for number, call in enumerate(calls, start=1):
+        said = f"\n{MARK}call {number} of {len(calls)}: {call.status}"
+        if call.end > call.start:
+            parts += [f"{said}\n{OBSERVATION}\n{_quoted(call.observation)}\n{END}\n```\n", _quoted(next(turns))]
+        else:  # its sandbox failed, or the answer had no room left
+            parts.append(f"{said}, nothing was shown\n")
+    return "".join(parts)
+
+
+def _quoted(text: str) -> str:
+    return re.sub(r"(?m)^(?=\\*>>>)", r"\\", text)
+
+
+def answer_row(rl_step: int, trajectory: Trajectory) -> dict[str, Any]:
+    """One trajectory as a row. ``reward`` is None where nothing could be judged."""
     score, concept = trajectory.score, trajectory.problem.concept
     return {
+        "rl_step": rl_step,
         "problem": problem_text(trajectory.problem),
         "concept": concept.name if concept else "",
         "reward": score.value if score else None,
@@ -40,15 +61,3 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     if len(rows) <= count:
         return list(rows)
     return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def table_rows(rl_step: int, rows: Sequence[Trajectory | Mapping[str, Any]], count: int) -> list[list[Any]]:
-    """At most ``count`` rows as lists in the order of ``SAMPLE_COLUMNS``; ValueError if a row lacks a column."""
-    table = []
-    for row in spread(rows, count):
-        cells = sample_row(row) if isinstance(row, Trajectory) else row
-        missing = [c for c in SAMPLE_COLUMNS[1:] if c not in cells]
-        if missing:
-            raise ValueError(f"a sample row lacks {', '.join(missing)}; its columns are {', '.join(SAMPLE_COLUMNS)}")
-        table.append([rl_step, *(cells[c] for c in SAMPLE_COLUMNS[1:])])
-    return table

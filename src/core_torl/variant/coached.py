@@ -41,6 +41,7 @@ class Coached(PolicyGradient):
         super().__init__(**rest)
         self._parts |= {"trigger": trigger, "intervention": intervention}
         self.max_prompt_tokens = max_prompt_tokens if max_prompt_tokens is not None else math.inf
+        self.last_interventions: list[Primed] = []  # of the last RL step, for people
 
     def triggered(self, groups: Sequence[Group]) -> list[int]:
         """Places of the groups that get an intervention."""
@@ -78,7 +79,8 @@ class Coached(PolicyGradient):
         self._now.add("core/primed_accuracy", sum(bool(t.score and t.score.correct) for t in scored))
         self._now.count("primed answers", len(scored))
         self._now.add("core/primed_tokens", sum(len(t.token_ids) for t in flat))
-        return [Primed(i, trajectories) for i, trajectories in answers.items()]
+        self.last_interventions = [Primed(i, trajectories) for i, trajectories in answers.items()]
+        return self.last_interventions
 
     def place(self, group: int) -> int:
         """The place of this rank's group among those of all ranks, so that draws do not depend on their number."""

@@ -108,6 +108,7 @@ class PolicyGradient(pl.LightningModule):
         self.samples_seen = self.tokens_seen = self.updates = 0
         self._first_checked = False  # since this process started: a resumed run checks its sampler again
         self.last_metrics: dict[str, float] = {}
+        self.last_sampled: list[Group] = []  # as the policy answered, before a coach replaced anything
         self.last_groups: list[Group] = []
         self.check_problems(self.problems)
 
@@ -134,6 +135,7 @@ class PolicyGradient(pl.LightningModule):
             groups = self.sample(self._problems_of(step))
         with self._now.timed("time/reward_s"):
             self.reward(groups)
+        self.last_sampled = groups
         self._now.update(group_metrics(groups))
         self._now.per_second(
             "rollout/tokens_per_s", sum(t.sample.drawn for g in groups for t in g.trajectories), "time/sample_s"

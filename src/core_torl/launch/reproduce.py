@@ -1,0 +1,124 @@
+"""``+reproduce=RUN``: the command line that repeats a run.
+
+The run's own overrides are given again, so that its options keep their names. What the shipped files have come to say
+since is then set back, key by key, to what the run was computed with. Overrides that stand beside ``+reproduce`` come
+last and win. At its end the repeated run is compared with the first one, number by number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core_torl.config.errors import UserError
+from core_torl.launch.identity import PLACES
+from core_torl.launch.plugin import quoted
+from core_torl.launch.record import read_record
+
+KEY = "+reproduce="
+
+
+def replayed(arguments: Sequence[str], config_name: str) -> list[str]:
+    """``arguments`` with ``+reproduce=RUN`` spelled out; unchanged without it. Raises UserError, one line."""
+    given = [a for a in arguments if a.startswith((KEY, KEY[1:]))]
+    if not given:
+        return list(arguments)
+    if len(given) > 1:
+        raise UserError(f"{KEY[:-1]} stands there {len(given)} times; give one run")
+    folder = Path(given[0].partition("=")[2].strip("'\""))
+    said = _read(folder, config_name)
+    source = said["provenance"]
+    missing = [d for d in source["config_dirs"] if not Path(d).is_dir()]
+    if missing:
+        raise UserError(f"reproduce={folder}: its config folder {missing[0]} is not there any more")
+    words = [w for d in source["config_dirs"] for w in ("--config-dir", d)]
+    words += ["--config-name", source["config_name"]]
+    overrides = [o for o in said["overrides"] if _key(o) not in ("resume", "reproduces", "logger.group")]
+    rest = [a for a in arguments if a not in given]
+    # `key=value` words of the user's: options such as --cfg are no overrides.
+    own = {_key(a) for a in rest if not a.startswith("-") and "=" in a}
+    overrides = [o for o in overrides if _key(o) not in own]
+    mended = _mended(said, words, overrides, own, folder)
+    return [*words, *overrides, *mended, f"reproduces={_text(str(folder.resolve()))}", "hydra.mode=RUN", *rest]
+
+
+def _read(folder: Path, config_name: str) -> dict[str, Any]:
+    said = read_record(folder)
+    if config_name != "train":
+        raise UserError("+reproduce: only core-torl-train repeats runs")
+    if said is None or said["app"] != config_name:
+        raise UserError(f"reproduce={folder}: no run.json of core-torl-train there; give the folder of such a run")
+    return said
+
+
+def _mended(
+    said: dict[str, Any], words: Sequence[str], overrides: Sequence[str], own: set[str], folder: Path
+) -> list[str]:
+    """Overrides for the keys that the shipped files give another value than the run had."""
+    then, now = _leaves(said["config"]), _leaves(_composed(words, overrides, folder))
+    touched = {key for key in then.keys() | now.keys() if any(key == o or key.startswith(f"{o}.") for o in own)}
+    differing = [k for k in sorted(then) if k not in touched and k in now and then[k] != now[k]]
+    gone = [k for k in sorted(then) if k not in now and k not in touched]
+    if gone:
+        commit = said["provenance"]["commit"]
+        where = f"; check out commit {commit[:12]}" if commit else f"; install version {said['provenance']['version']}"
+        raise UserError(f"reproduce={folder}: there is no key {gone[0]} any more{where}")
+    return [f"{key}={_text(then[key])}" for key in differing]
+
+
+def _composed(words: Sequence[str], overrides: Sequence[str], folder: Path) -> Any:
+    """The config that ``words`` and ``overrides`` give today, resolved."""
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from core_torl.config.paths import conf_dir
+
+    # Not the compose API, because it finds no primary config in a folder that --config-dir names.
+    search = create_config_search_path(conf_dir())
+    for folder_of_configs in words[1:-2:2]:
+        search.prepend("command-line", f"file://{folder_of_configs}", SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    try:
+        found = Hydra.create_main_hydra2("train", search).compose_config(
+            words[-1], list(overrides), run_mode=RunMode.RUN, from_shell=False, with_log_configuration=False
+        )
+        found.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(found)
+        task = OmegaConf.masked_copy(found, [str(k) for k in found if k != "hydra"])
+        tree: Any = OmegaConf.to_container(task, resolve=True)
+        return tree
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> value of all keys that decide what a run computes; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not path and key in PLACES:
+            continue
+        if isinstance(value, dict) and value:
+            found |= _leaves(value, f"{path}{key}.")
+        else:
+            found[f"{path}{key}"] = value
+    return found
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _text(value: Any) -> str:
+    """A value as Hydra's grammar of overrides reads it back."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list):
+        return f"[{','.join(_text(v) for v in value)}]"
+    return "null" if value is None else json.dumps(value)

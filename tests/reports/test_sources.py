@@ -1,0 +1,346 @@
+"""Where runs come from: offline W&B files as the tracker writes them, a W&B server (a stand-in), states of the others.
+
+Nothing here speaks to a W&B server: ``FakeApi`` answers as ``wandb.Api`` of wandb 0.31 does where the report asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core_torl.config.errors import UserError
+from core_torl.launch.record import birth, now
+from core_torl.reports.finished import Run
+from core_torl.reports.sources import find_runs
+from core_torl.tracking.mirror import read_jsonl
+
+from .test_comparing import write
+
+GAP = [(0.3, 0.2, 2), (0.3, 0.4, 2)]
+
+
+def states(runs: list[Run]) -> dict[str, tuple[str, str]]:
+    return {run.folder.name: (run.state, run.why) for run in runs}
+
+
+# ---- offline W&B files -------------------------------------------------------------------------------------------
+
+
+def track(folder: Path, config: dict[str, Any], run_id: str | None = None, finished: bool = True, exit_code: int = 0):
+    """The rows of the folder's ``metrics.jsonl`` and its result files as the tracker of a training leaves them."""
+    wandb_run = pytest.importorskip("core_torl.tracking.wandb_run")
+    tracker = wandb_run.Tracker(dir=str(folder), system_metrics=False, run_id=run_id)
+    tracker.log_config(config)
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        tracker.log_metrics(row)
+    if finished:
+        tracker.log_files(folder)
+    tracker.finish(exit_code)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cells of two seeds whose runs were logged to W&B as well."""
+    top = tmp_path_factory.mktemp("tracked") / "sweep"
+    for number, (label, seed) in enumerate([("base", 0), ("base", 1), ("core", 0), ("core", 1)]):
+        folder = write(top / str(number), label, seed, [(0.3, 0.1 * number, 2), (0.3, 0.2, 2)], steps=4)
+        track(folder, json.loads((folder / "results.json").read_text())["run"]["config"])
+    return top
+
+
+def only_wandb(top: Path, copy: Path) -> Path:
+    """The same sweep without anything but its ``wandb`` folders."""
+    for folder in sorted(p for p in top.iterdir() if p.is_dir()):
+        shutil.copytree(folder / "wandb", copy / folder.name / "wandb", symlinks=True)
+    return copy
+
+
+def test_wandb_files_alone_give_the_same_report(tracked: Path, tmp_path: Path, front_door, capsys):
+    copy = only_wandb(tracked, tmp_path / "sweep")
+    assert not list(copy.rglob(".hydra")) and not list(copy.glob("*/results.json"))
+    written = {}
+    for name, top in (("folders", tracked), ("wandb", copy)):
+        arguments = (f"runs={top}", "baseline=base", f"output={tmp_path / name}", f"hydra.run.dir={tmp_path / 'h'}")
+        assert front_door("report", *arguments) == 0, capsys.readouterr().err
+        written[name] = {f: (tmp_path / name / f).read_text() for f in ("table.md", "table.tex", "curves.csv")}
+    assert written["folders"] == written["wandb"]
+    assert "| core | 2 | 4 |" in written["wandb"]["table.md"]
+
+
+def test_a_run_counts_once_where_it_has_its_own_results(tracked: Path):
+    runs, unfinished = find_runs([tracked])
+    assert len(runs) == 4 and not unfinished
+    assert all((run.folder / "results.json").is_file() for run in runs)
+
+
+def test_wandb_files_stand_in_for_results_that_are_lost(tracked: Path, tmp_path: Path):
+    """A run folder without its results: still one run, and finished as W&B's copy says."""
+    shutil.copytree(tracked / "2", tmp_path / "s" / "2", symlinks=True)
+    (tmp_path / "s" / "2" / "results.json").unlink()
+    (run,), unfinished = find_runs([tmp_path / "s"])
+    assert not unfinished and run.folder.parent == tmp_path / "s" / "2" / "wandb"
+    assert run.concepts("gap/greedy/robust_accuracy")["gap0"] == (0.2, 2) and len(run.rows()) == 4
+
+
+def test_a_folder_of_offline_runs_and_a_single_one(tracked: Path, tmp_path: Path):
+    parts = sorted(tracked.glob("*/wandb/offline-run-*"))
+    for part in parts:
+        shutil.copytree(part, tmp_path / "all" / part.name)
+        shutil.copytree(part, tmp_path / "shared" / "wandb" / part.name)
+    write(tmp_path / "all" / "run-2", "own", 0, GAP)  # a name like W&B's, and no folder of W&B
+    runs, _ = find_runs([tmp_path / "all"])
+    assert sorted((run.choices["experiment"], run.seed) for run in runs) == [
+        ("base", 0), ("base", 1), ("core", 0), ("core", 1), ("own", 0)
+    ]  # fmt: skip
+    assert len(find_runs([tmp_path / "shared"])[0]) == 4, "runs that share a folder for their W&B files"
+    (run,), unfinished = find_runs([tmp_path / "all" / parts[0].name, tmp_path / "all" / parts[0].name])
+    assert run.rows()[-1]["train/rl_step"] == 4 and not unfinished
+
+
+def test_a_run_that_ended_without_results_is_unfinished(tmp_path: Path):
+    config = {"seed": 3, "rl_steps": 4}
+    for name, code in (("failed", 1), ("ended", 0)):
+        folder = write(tmp_path / name, "base", 3, GAP, steps=4)
+        track(folder, config, finished=False, exit_code=code)
+    evaluated = write(tmp_path / "evaluated", "base", 3, GAP, steps=4)
+    track(evaluated, {"checkpoint": None}, finished=False)
+    copy = only_wandb(tmp_path, tmp_path / "copy")
+    runs, unfinished = find_runs([copy])
+    found = {run.folder.parent.parent.name: (run.state, run.why) for run in unfinished}
+    assert not runs
+    assert found == {"failed": ("failed", "exit code 1"), "ended": ("unfinished", "no results.json")}
+    assert {run.seed for run in unfinished} == {3} and len(unfinished[0].rows()) == 4
+
+
+def test_the_parts_of_a_resumed_run_are_one_run(tmp_path: Path):
+    """The second part does steps 3 and 4 again: its numbers count."""
+    folder = write(tmp_path / "run", "base", 0, GAP, steps=4)
+    track(folder, {"rl_steps": 4}, run_id="same", finished=False)
+    rows = [row | {"reward/accuracy": 0.75} for row in read_jsonl(folder / "metrics.jsonl")[2:]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    first.rename(first.with_name("offline-run-20200101_000000-same"))
+    track(folder, {"rl_steps": 4}, run_id="same")
+    (run,), unfinished = find_runs([only_wandb(tmp_path, tmp_path / "copy")])
+    last = {row["train/rl_step"]: row["reward/accuracy"] for row in run.rows()}
+    assert last == {1: 0.125, 2: 0.25, 3: 0.75, 4: 0.75} and not unfinished
+    assert [row["train/rl_step"] for row in run.rows()] == [1, 2, 3, 3, 4]
+
+
+# ---- a W&B server (a stand-in) -----------------------------------------------------------------------------------
+
+
+class FakeFile:
+    def __init__(self, name: str, content: Any):
+        self.name, self.content = name, content
+        self.size = 0 if content is None else len(json.dumps(content))
+
+    def download(self, root: str, replace: bool):
+        path = Path(root) / self.name
+        path.write_text(json.dumps(self.content))
+        return path.open()
+
+
+class FakeRun:
+    def __init__(self, number: int, state: str, config: dict[str, Any], rows: list[dict[str, Any]], **files: Any):
+        self.path, self.state, self.config, self.rows = ["me", "project", f"id{number}"], state, config, rows
+        self.files = files
+
+    def file(self, name: str) -> FakeFile:
+        return FakeFile(name, self.files.get(name.removesuffix(".json")))
+
+    def scan_history(self):
+        noise = {"_step": 1, "_runtime": 2.0, "samples": {"_type": "table-file"}}
+        return iter([*({**row, **noise} for row in self.rows), {"train/rl_step": 4, **noise}])
+
+
+class FakeApi:
+    def __init__(self, runs: list[FakeRun]):
+        self.found, self.asked = runs, []
+
+    def runs(self, path: str, filters: dict[str, Any]):
+        self.asked.append((path, filters))
+        if path.endswith("nowhere"):
+            raise ValueError(f"Could not find project {path}")
+        return self.found
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    wandb = pytest.importorskip("wandb")
+    runs = []
+    for number, (label, seed) in enumerate([("base", 0), ("base", 1), ("core", 0), ("core", 1)]):
+        folder = write(tmp_path / "local" / str(number), label, seed, [(0.3, 0.1 * number, 2), (0.3, 0.2, 2)], steps=4)
+        results = json.loads((folder / "results.json").read_text())
+        rows = read_jsonl(folder / "metrics.jsonl")
+        runs.append(FakeRun(number, "finished", results["run"]["config"], rows, results=results))
+    runs.append(FakeRun(4, "crashed", {"rl_steps": 4, "seed": 7}, []))
+    runs.append(FakeRun(5, "failed", {"rl_steps": 4}, [], run={"state": "failed", "error": "out of memory"}))
+    runs.append(FakeRun(6, "running", {"rl_steps": 4}, []))
+    runs.append(FakeRun(7, "finished", {"checkpoint": None}, [], results={"estimates": {}}))  # an evaluation
+    runs.append(FakeRun(8, "finished", {"rl_steps": 4, "dry_run": True}, []))
+    api = FakeApi(runs)
+    monkeypatch.setattr(wandb, "Api", lambda: api)
+    return api
+
+
+def test_a_project_on_a_server_gives_the_same_report(server: FakeApi, tmp_path: Path, front_door, capsys):
+    written = {}
+    for name, place in (("local", tmp_path / "local"), ("server", "wandb://me/project")):
+        code = front_door(
+            "report", f"runs={place}", "baseline=base", "title=T", f"output={tmp_path / name}_",
+            f"hydra.run.dir={tmp_path / 'h'}",
+        )  # fmt: skip
+        assert code == 0, capsys.readouterr().err
+        files = {f: (tmp_path / f"{name}_" / f).read_text() for f in ("table.md", "curves.csv")}
+        written[name] = {f: text.split("\n## Not in the table")[0].rstrip() for f, text in files.items()}
+    assert written["local"] == written["server"]
+    absent = (tmp_path / "server_" / "table.md").read_text().split("## Not in the table\n\n")[1]
+    assert absent.splitlines() == [
+        "- wandb://me/project/id4: killed, crashed in W&B, no results.json",
+        "- wandb://me/project/id5: failed, out of memory",
+        "- wandb://me/project/id6: running, running in W&B, no results.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("wandb://me/project", ("me/project", {})),
+        ("wandb://me/project/a/group", ("me/project", {"group": "a/group"})),
+        ("wandb:///project", ("project", {})),
+    ],
+)
+def test_project_and_group_are_asked_for(server: FakeApi, source: str, asked: Any):
+    assert len(find_runs([source, source])[0]) == 4, "the same project given twice counts once"
+    assert server.asked[0] == asked
+
+
+def test_mistakes_about_a_server_are_one_line(server: FakeApi, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+    from wandb.errors import AuthenticationError, CommError, UsageError
+
+    def refused(error: Exception):
+        def api():
+            raise error
+
+        return api
+
+    with pytest.raises(UserError, match=r"wandb://me/nowhere: W&B has no such project"):
+        find_runs(["wandb://me/nowhere"])
+    for source in ("wandb://project", "wandb://", "wandb://me/"):
+        with pytest.raises(UserError, match="write wandb://entity/project"):
+            find_runs([source])
+    (run, *_), _ = find_runs(["wandb://me/project"])
+    monkeypatch.setattr(FakeRun, "scan_history", lambda self: refused(CommError("gone"))())
+    with pytest.raises(UserError, match=r"wandb://me/project/id0: W&B does not answer \(gone\)$"):
+        run.rows()
+    monkeypatch.setattr(server, "runs", lambda path, filters: refused(CommError("timed out\nlong story"))())
+    with pytest.raises(UserError, match=r"W&B does not answer \(timed out\)$"):
+        find_runs(["wandb://me/project"])
+    for error in (UsageError("No authentication configured."), AuthenticationError("bad key")):
+        monkeypatch.setattr(wandb, "Api", refused(error))
+        with pytest.raises(UserError, match=r"not logged in to W&B \((No auth|bad key).*\): run `wandb login`"):
+            find_runs(["wandb://me/project"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="needs the package wandb"):
+        find_runs(["wandb://me/project"])
+
+
+# ---- states ------------------------------------------------------------------------------------------------------
+
+
+def began(folder: Path, state: str, *, app: str = "train", **attempt: Any) -> Path:
+    """A run folder without results and with ``run.json``."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(
+        "rl_steps: 4\nseed: 5\npaths:\n  output_dir: ${hydra:runtime.output_dir}\n  root: out\nfull: ${paths.root}/x\n"
+    )
+    one = {"host": socket.gethostname(), "pid": os.getpid(), "birth": birth(os.getpid()), "started": now(), **attempt}
+    error = "CUDA is not there" if state == "failed" else None
+    record = {"app": app, "state": state, "error": error, "choices": {"variant": "grpo"}, "attempts": [one]}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def dead() -> dict[str, Any]:
+    """What is recorded of a process that was killed."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    said = {"pid": child.pid, "birth": birth(child.pid)}
+    child.kill()
+    child.wait()
+    return said
+
+
+def test_unfinished_runs_are_told_apart(tmp_path: Path, dead: dict[str, Any]):
+    began(tmp_path / "running", "running")
+    began(tmp_path / "killed", "running", **dead)
+    began(tmp_path / "elsewhere", "running", host="other-host", **dead)
+    began(tmp_path / "failed", "failed")
+    began(tmp_path / "stopped", "interrupted")
+    began(tmp_path / "ended", "completed")
+    began(tmp_path / "evaluation", "running", app="evaluate")
+    (tmp_path / "old" / ".hydra").mkdir(parents=True)
+    runs, unfinished = find_runs([tmp_path])
+    assert runs == []
+    assert states(unfinished) == {
+        "running": ("running", f"process {os.getpid()}"),
+        "killed": ("killed", f"process {dead['pid']} is gone"),
+        "elsewhere": ("running", "on other-host, as its run.json says"),
+        "failed": ("failed", "CUDA is not there"),
+        "stopped": ("interrupted", "no results.json"),
+        "ended": ("unfinished", "it ended, and left no results.json"),
+        "old": ("unfinished", "no results.json"),
+    }
+    known = next(run for run in unfinished if run.folder.name == "failed")
+    assert known.seed == 5 and known.choices == {"variant": "grpo"}
+    assert known.results["run"]["config"]["full"] == "out/x", "what can be resolved is"
+    assert known.results["run"]["config"]["paths"]["output_dir"] == "${hydra:runtime.output_dir}"
+
+
+def test_jobs_of_a_sweep_that_have_no_folder_are_pending(tmp_path: Path, dead: dict[str, Any]):
+    top = tmp_path / "sweep"
+    write(top / "0", "base", 0, GAP)
+    began(top / "1", "running", **dead)
+    (top / "2" / ".hydra").mkdir(parents=True)
+    told = [(0, "completed", 0), (1, "timeout", -9), (2, "failed", 1), (3, "pending", None), (4, "completed", 0)]
+    jobs = [
+        {"number": n, "folder": str(n), "overrides": ["variant=grpo", f"seed={n}"], "state": s, "returncode": code}
+        for n, s, code in told
+    ]
+    (top / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    runs, unfinished = find_runs([top])
+    assert [run.folder for run in runs] == [top / "0"]
+    assert states(unfinished) == {
+        "1": ("timeout", "exit code -9, no results.json"),
+        "2": ("failed", "exit code 1, no results.json"),
+        "3": ("pending", "not begun: variant=grpo seed=3"),
+        "4": ("unfinished", "its job ended, and left no results.json"),
+    }
+    assert next(run.seed for run in unfinished if run.folder.name == "3") == 3
+    (only,) = find_runs([top / "2"])[1]
+    assert only.state == "failed", "sweep.json lies above the folder that was asked for"
+
+
+def test_results_of_an_earlier_attempt_are_not_those_of_the_run(tmp_path: Path, dead: dict[str, Any]):
+    folder = write(tmp_path / "run", "base", 0, GAP)
+    record = {
+        "app": "train",
+        "state": "running",
+        "attempts": [{"host": socket.gethostname(), "started": now(), **dead}],
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    os.utime(folder / "results.json", (1e9, 1e9))
+    runs, (left,) = find_runs([tmp_path])
+    assert not runs and left.state == "killed"
+    os.utime(folder / "results.json")  # written after the attempt began: killed at the very end
+    assert len(find_runs([tmp_path])[0]) == 1
