@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
+HYDRA14 ?= tests/config/test_cli.py tests/launch/test_reproduce.py \
+  'tests/launch/test_training_sweep.py::test_a_sweep_of_two_ranks_trains_each_job_once'
 BENCH ?= $(sort $(wildcard benchmarks/*.py))
 
 # uv does not read pip's find-links; without them it takes a CUDA build of torch where a CPU build lies at hand.
@@ -17,7 +19,7 @@ export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bubblewrap demo demo-torl test lint format bench clean-outputs
+.PHONY: help setup bubblewrap browser demo demo-torl test test-hydra14 lint format bench clean-outputs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,8 +47,22 @@ bubblewrap:  ## install bubblewrap with apt-get, if it is missing and that is po
 	else { sudo -n apt-get install -qq -y bubblewrap || { sudo -n apt-get update -qq && sudo -n apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; fi; \
 	command -v bwrap >/dev/null || echo "bubblewrap could not be installed; its tests will be skipped"
 
+# The report's page is opened in a browser by its tests; without one they are skipped, with the reason.
+browser:  ## install chromium with apt-get, if no browser is there and that is possible
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  { apt-get install -qq -y chromium || { apt-get update -qq && apt-get install -qq -y chromium; }; } >/dev/null 2>&1; fi; \
+	command -v chromium >/dev/null || echo "no browser could be installed; the tests that open the report's page will be skipped"
+
 test: $(VENV)/.dev  ## run the test suite (ARGS='tests/config -k errors' for a part of it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Hydra 1.4 lies beside the installed 1.3 and is taken in its place: composing, launching, repeating, two ranks.
+test-hydra14: $(VENV)/.dev  ## run the tests of configs and sweeps under Hydra 1.4
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --target $(VENV)/hydra14 --no-deps --prerelease allow \
+	  'hydra-core>=1.4.0rc3,<1.5' 'omegaconf>=2.4.0rc1,<2.5'
+	PYTHONPATH=$(VENV)/hydra14 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(HYDRA14) $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, format, types and the floors that imports may cross
 	$(BIN)/ruff check
@@ -76,11 +92,11 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	@$(call install,.[dev])
+	@$(call install,.[dev$(comma)sweeps$(comma)reports])
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
-	@$(call install,.[dev$(comma)bench])
+	@$(call install,.[dev$(comma)sweeps$(comma)reports$(comma)bench])
 	@touch $@ $(VENV)/.dev
 
 comma := ,

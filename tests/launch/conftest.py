@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,14 +52,16 @@ def sweep(tmp_path: Path) -> Sweep:
     return Sweep(tmp_path / "sweep")
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Command lines of all processes whose command names ``folder``, and of zombies that this process would leave."""
+def processes_of(sweep: Sweep) -> list[str]:
+    """Name and state of every process, zombies too, in a session that one of the sweep's jobs began."""
+    jobs = {a["pid"] for path in sweep.folder.glob("*/run.json") for a in json.loads(path.read_text())["attempts"]}
+    assert jobs, "no job has a record: nothing would be found"
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            name, _, rest = path.read_text().rpartition(")")
         except OSError:
             continue
-        if str(folder) in text and path.parent.name != str(os.getpid()):
-            found.append(text)
+        if int(rest.split()[3]) in jobs:
+            found.append(f"{name}) {rest.split()[0]}")
     return found

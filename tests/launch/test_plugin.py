@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from core_torl.config.errors import UserError
 from core_torl.launch.jobs import Job
 from core_torl.launch.plugin import command_of, gpu_slots, quoted
 
-from .conftest import Sweep, processes_of
+from .conftest import APP, Sweep, processes_of
 
 pytestmark = pytest.mark.slow
 
@@ -89,18 +91,18 @@ def test_a_killed_job_is_told_from_a_failed_one_and_retries_start_it_once_more(s
     process = sweep.start("seed=7", "sleep_s=60")
     wait_for(lambda: running(sweep, "1"))
     os.kill(sweep.record("1")["attempts"][0]["pid"], signal.SIGKILL)
-    assert process.wait(60) == 1 and sweep.states == {"seed=7 sleep_s=60": "killed"}
+    assert process.wait(60) == 1 and sweep.states["seed=7 sleep_s=60"] == "killed"
 
 
 def test_ctrl_c_ends_all_jobs_and_the_same_command_goes_on(sweep: Sweep):
     process = sweep.start("seed=0,1,2", "sleep_s=30", "litter=true", "hydra.launcher.n_jobs=2")
-    wait_for(lambda: running(sweep, "0", "1"))
+    wait_for(lambda: running(sweep, "0", "1") and len(processes_of(sweep)) >= 4)  # two jobs, and what they started
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=30)[0]
     assert process.returncode == 130 and "Traceback" not in out and "the same command goes on" in out
     assert list(sweep.states.values()) == ["interrupted", "interrupted", "pending"]
     assert sweep.record("0")["state"] == "interrupted" and sweep.board["state"] == "interrupted"
-    assert processes_of(sweep.folder) == []
+    assert processes_of(sweep) == []
 
 
 def test_jobs_that_do_not_stop_are_killed_after_their_grace(sweep: Sweep):
@@ -108,7 +110,7 @@ def test_jobs_that_do_not_stop_are_killed_after_their_grace(sweep: Sweep):
     wait_for(lambda: "job 0" in (sweep.folder / "0" / "stdout.log").read_text())
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert process.returncode == 130 and processes_of(sweep.folder) == []
+    assert process.returncode == 130 and processes_of(sweep) == []
 
 
 def test_a_second_ctrl_c_kills_at_once(sweep: Sweep):
@@ -119,7 +121,7 @@ def test_a_second_ctrl_c_kills_at_once(sweep: Sweep):
     assert process.poll() is None  # the grace is two minutes
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode == 130 and processes_of(sweep.folder) == []
+    assert process.returncode == 130 and processes_of(sweep) == []
 
 
 def test_jobs_end_with_a_launcher_that_is_killed_and_go_on_with_the_next(sweep: Sweep):
@@ -140,19 +142,7 @@ def test_a_time_limit_stops_one_job_and_not_the_others(sweep: Sweep):
 
 def test_what_a_job_leaves_behind_is_ended_with_it(sweep: Sweep):
     assert sweep("seed=0,1", "litter=true") == 0
-    sleeping = [p for p in Path("/proc").glob("[0-9]*/stat") if _group_of(p) in _pids(sweep)]
-    assert sleeping == []
-
-
-def _pids(sweep: Sweep) -> set[int]:
-    return {sweep.record(n)["attempts"][0]["pid"] for n in "01"}
-
-
-def _group_of(path: Path) -> int | None:
-    try:
-        return int(path.read_text().rpartition(")")[2].split()[2])
-    except OSError:
-        return None
+    assert processes_of(sweep) == []
 
 
 def test_two_launchers_do_not_work_in_one_folder(sweep: Sweep):
@@ -170,7 +160,7 @@ def test_a_run_of_another_machine_is_taken_over_only_when_told_so(sweep: Sweep):
     record["state"], record["attempts"][0]["host"] = "running", f"not-{socket.gethostname()}"
     (sweep.folder / "0" / "run.json").write_text(json.dumps(record))
     assert sweep("seed=0", "fail=true") == 2 and "hydra.launcher.take_over=true" in sweep.out
-    assert sweep("seed=0", "fail=true", "hydra.launcher.take_over=true") == 1
+    assert sweep("seed=0", "fail=true", "hydra.launcher.take_over=true") == 1, sweep.out
     assert len(sweep.record("0")["attempts"]) == 2
 
 
@@ -187,6 +177,72 @@ def test_names_of_folders_that_do_not_tell_jobs_apart_are_refused(sweep: Sweep):
     assert "name in it what tells jobs apart" in sweep.out
     assert sweep("seed=0,0", "hydra.sweep.subdir=one") == 0  # the same job twice is one run
     assert sweep.values() == {"one": 1.0}
+
+
+def test_a_dry_run_first_takes_no_folder_away(sweep: Sweep):
+    assert sweep("seed=0,1", "+dry_run=true", "hydra.sweep.subdir=one_${seed}") == 0
+    assert not (sweep.folder / "one_0").exists()
+    assert sweep("seed=0,1", "+dry_run=false", "hydra.sweep.subdir=one_${seed}") == 0
+    assert sweep.values() == {"one_0": 1.0, "one_1": 2.0}
+
+
+def test_a_job_that_was_killed_before_its_record_has_left_its_folder_free(sweep: Sweep):
+    (sweep.folder / "s0" / ".hydra").mkdir(parents=True)
+    assert sweep("seed=0", "hydra.sweep.subdir=s${seed}") == 0
+    assert sweep.values() == {"s0": 1.0}
+
+
+def test_a_disk_that_refuses_the_board_costs_no_job(sweep: Sweep):
+    process = sweep.start("seed=0", "sleep_s=1,4", "hydra.launcher.n_jobs=2")
+    wait_for(lambda: running(sweep, "0", "1"))
+    (sweep.folder / "sweep.json.part").mkdir()
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "sweep.json could not be written" in out
+    assert {sweep.record(n)["state"] for n in "01"} == {"completed"}
+
+
+def test_a_command_that_is_refused_leaves_the_board_as_it_was_and_a_smaller_one_hides_nothing(sweep: Sweep):
+    assert sweep("seed=0,1") == 0
+    before = sweep.board
+    assert sweep("seed=5,6", "hydra.sweep.subdir=one") == 2
+    assert sweep.board == before
+    assert sweep("seed=1") == 0
+    assert sweep.states == {"seed=1": "skipped", "seed=0": "completed"}
+
+
+def test_a_job_has_the_config_that_its_launcher_saw(sweep: Sweep, tmp_path: Path):
+    looked_up = "+note='${hydra:runtime.output_dir}/x ${hydra:sweep.dir} ${hydra:job.num}'"
+    assert sweep("seed=0,1", looked_up) == 0, sweep.out
+    assert sweep.record("1")["config"]["note"] == f"{sweep.folder}/1/x {sweep.folder} 1"
+    assert sweep("seed=0,1", looked_up) == 0 and set(sweep.states.values()) == {"skipped"}
+    # Another folder of configs.
+    for file in (APP.parent / "job.yaml", APP.parent / "noop.yaml"):
+        (tmp_path / file.name).write_text(file.read_text().replace("value: 1.0", "value: 100.0"))
+    assert sweep("-cp", str(tmp_path), "seed=9") == 0, sweep.out
+    assert 109.0 in sweep.values().values()
+
+
+def test_a_job_whose_launcher_died_while_it_was_starting_ends(tmp_path: Path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    job = subprocess.run(
+        [sys.executable, str(APP), f"hydra.run.dir={tmp_path / 'run'}"], start_new_session=True, timeout=60,
+        env={**os.environ, "CORE_TORL_LAUNCHER": str(gone.pid)},
+    )  # fmt: skip
+    assert job.returncode == -signal.SIGTERM and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_mistake_of_the_users_is_not_tried_again(sweep: Sweep):
+    assert sweep("seed=0", "fail=true", "hydra.launcher.retries=3") == 1
+    assert len(sweep.record("0")["attempts"]) == 1
+
+
+def test_jobs_that_differ_in_speed_alone_are_one_run_unless_both_are_asked_for(sweep: Sweep):
+    threads = "+trainer.threads"
+    assert sweep("seed=0", f"{threads}=1") == 0
+    assert sweep("seed=0", f"{threads}=2") == 0 and list(sweep.states.values()) == ["skipped"]
+    assert sweep("seed=0", f"{threads}=1,2") == 0
+    assert len(sweep.values()) == 3  # a benchmark wants both, each in its own folder
 
 
 @pytest.mark.parametrize(
@@ -221,18 +277,19 @@ def test_the_command_of_a_job_says_everything_and_quotes_it():
         "job": {"config_name": "smoke"}, "sweep": {"dir": "/runs/it's"},
         "runtime": {"config_sources": [{"provider": "main", "path": "/conf"},
                                        {"provider": "command-line", "path": "/sweeps"}]},
-        "overrides": {"hydra": ["hydra.launcher.n_jobs=2", "hydra/job_logging=disabled", "hydra.mode=MULTIRUN"]},
+        "overrides": {"hydra": ["hydra.launcher.n_jobs=2", "hydra/job_logging=disabled", "hydra.mode=MULTIRUN",
+                                "++hydra.sweep.subdir=${hydra.job.num}"]},
     }  # fmt: skip
     config = OmegaConf.create({"hydra": hydra, "resume": None, "logger": {"group": None}})
     job = Job(3, ["seed=1"], config, "mark", Path("/runs/it's/3"))
-    command = command_of(job, ["-m", "core_torl.train"], config)
+    command = command_of(job, ["-m", "core_torl.train"], config, "/elsewhere")
     assert command[1:] == [
-        "-m", "core_torl.train", "--config-name", "smoke", "--config-dir", "/sweeps", "seed=1",
-        "hydra/job_logging=disabled", "hydra.mode=RUN", r"hydra.run.dir='/runs/it\'s/3'", "resume=auto",
-        r"logger.group='it\'s'",
+        "-m", "core_torl.train", "--config-name", "smoke", "--config-path", "/conf", "--config-dir", "/sweeps", "seed=1",
+        "hydra/job_logging=disabled", "hydra.mode=RUN", r"hydra.run.dir='/runs/it\'s/3'",
+        r"hydra.sweep.dir='/runs/it\'s'", "hydra.job.num=3", "hydra.job.id='3'", "resume=auto", r"logger.group='it\'s'",
     ]  # fmt: skip
     config.resume, config.logger.group = "some/run", "mine"
-    assert command_of(job, ["-m", "x"], config)[-1].startswith("hydra.run.dir=")
+    assert command_of(job, ["-m", "x"], config, "/conf")[-1] == "hydra.job.id='3'"
 
 
 @pytest.mark.parametrize("text", ["plain", "with 'quotes'", "a\\b", "a,b=[c]", "trailing\\"])

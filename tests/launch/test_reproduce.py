@@ -79,6 +79,18 @@ def test_overrides_beside_it_win(tmp_path: Path):
     assert again.variant == composed("variant=core_kl").variant
 
 
+def test_keys_that_are_taken_from_others_follow_them(tmp_path: Path):
+    run(tmp_path / "r", "experiment=torl/world", "variant.tool_call_budget=0", "sampler.temperature=0.8")
+    again = spelled(
+        replayed([f"+reproduce={tmp_path / 'r'}", "variant.tool_call_budget=2", "sampler.temperature=0.6"], "train")
+    )
+    assert (again.variant.tool_call_budget, again.tool.call_budget) == (2, 2)
+    assert again.evaluation.temperature == again.sampler.temperature == 0.6
+    # One that the run had set by itself stays set.
+    run(tmp_path / "s", "experiment=torl/world", changes={"evaluation.temperature": 0.3})
+    assert spelled(replayed([f"+reproduce={tmp_path / 's'}"], "train")).evaluation.temperature == 0.3
+
+
 def test_a_run_of_a_sweep_file_brings_its_folder(tmp_path: Path):
     run(tmp_path / "r", "seed=1", config_name="smoke", config_dirs=[str(ROOT / "sweeps")])
     words = replayed([f"+reproduce={tmp_path / 'r'}"], "train")
@@ -91,6 +103,7 @@ def test_a_run_of_a_sweep_file_brings_its_folder(tmp_path: Path):
     [
         (None, ["+reproduce={r}"], "train", "no run.json of core-torl-train there"),
         ({}, ["+reproduce={r}", "reproduce={r}"], "train", "stands there 2 times"),
+        ({}, ["+reproduce={r}", "-m", "seed=0,1"], "train", "leave -m out"),
         ({}, ["+reproduce={r}"], "evaluate", "only core-torl-train repeats runs"),
         ({"config_dirs": ["/nowhere"]}, ["+reproduce={r}"], "train", "config folder /nowhere is not there"),
         ({"changes": {"variant.gone": 1}}, ["+reproduce={r}"], "train",

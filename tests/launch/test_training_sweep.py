@@ -141,7 +141,7 @@ def test_a_sweep_of_two_ranks_trains_each_job_once(tmp_path: Path):
     folder = tmp_path / "ranks"
     ended(start(folder, "trainer=ddp", "seed=0", "hydra.launcher.n_jobs=1"))
     jobs = ("core_base_seed0", "core_cr_seed0")
-    assert {p.parent.name for p in folder.rglob("results.json")} == set(jobs)
+    assert {p.parent.name for p in folder.glob("*/results.json")} == set(jobs)
     for name in jobs:
         one = folder / name
         assert len(record(one)["attempts"]) == 1 and len(tracked(one)) == 1

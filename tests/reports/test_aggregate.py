@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from core_torl.reports.aggregate import aggregate, is_clock, same_results, write
+from core_torl.reports.aggregate import gathered, is_clock, same_results
 from core_torl.reports.finished import Run
-from core_torl.reports.histories import read_rows
 from core_torl.reports.sources import find_runs
 from core_torl.tracking.mirror import read_jsonl
 
@@ -35,7 +34,8 @@ def log(folder: Path, change_row: Any) -> None:
 def collected(top: Path, output: Path) -> list[dict[str, Any]]:
     runs, unfinished = find_runs([top])
     every = [*runs, *unfinished]
-    write(every, read_rows(every), [str(top)], output)
+    with gathered(every, [str(top)], [], []) as found:
+        found.write(output)
     return parquet.read_table(output / "runs.parquet").to_pylist()
 
 
@@ -231,7 +231,8 @@ def test_integers_too_long_for_a_column_and_numbers_of_two_kinds():
     def run(name: str, **config: Any) -> Run:
         return Run(Path(f"/{name}"), {"run": {"seed": 0, "config": config, "choices": {}}}, history=list)
 
-    rows = aggregate([run("a", long=2**70, mixed=1, flag=True), run("b", long=1, mixed=0.5, flag=None)], {}, [])
-    rows = {row["folder"]: row for row in rows.to_pylist()}
+    both = [run("a", long=2**70, mixed=1, flag=True), run("b", long=1, mixed=0.5, flag=None)]
+    with gathered(both, [], [], []) as found:
+        rows = {row["folder"]: row for row in found.table.to_pylist()}
     assert rows["/a"]["config/long"] == str(2**70) and rows["/a"]["config/mixed"] == 1.0
     assert rows["/a"]["config/flag"] is True and rows["/b"]["config/flag"] is None

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from core_torl.config.errors import UserError
 from core_torl.launch.record import birth, now
 from core_torl.reports.finished import Run
 from core_torl.reports.sources import find_runs
+from core_torl.reports.wandb_source import each_step_once
+from core_torl.tracking.metrics import STEP
 from core_torl.tracking.mirror import read_jsonl
 
+from .pages import Page
 from .test_comparing import write
 
+MEASURES = ("gap/greedy/robust_accuracy", "gap/greedy/accuracy")
 GAP = [(0.3, 0.2, 2), (0.3, 0.4, 2)]
 
 
@@ -121,7 +128,7 @@ def test_a_run_that_ended_without_results_is_unfinished(tmp_path: Path):
 
 
 def test_the_parts_of_a_resumed_run_are_one_run(tmp_path: Path):
-    """The second part does steps 3 and 4 again: its numbers count."""
+    """The second part does steps 3 and 4 again: its numbers count, and each step once."""
     folder = write(tmp_path / "run", "base", 0, GAP, steps=4)
     track(folder, {"rl_steps": 4}, run_id="same", finished=False)
     rows = [row | {"reward/accuracy": 0.75} for row in read_jsonl(folder / "metrics.jsonl")[2:]]
@@ -132,7 +139,97 @@ def test_the_parts_of_a_resumed_run_are_one_run(tmp_path: Path):
     (run,), unfinished = find_runs([only_wandb(tmp_path, tmp_path / "copy")])
     last = {row["train/rl_step"]: row["reward/accuracy"] for row in run.rows()}
     assert last == {1: 0.125, 2: 0.25, 3: 0.75, 4: 0.75} and not unfinished
-    assert [row["train/rl_step"] for row in run.rows()] == [1, 2, 3, 3, 4]
+    assert [row["train/rl_step"] for row in run.rows()] == [1, 2, 3, 4]
+
+
+def test_results_of_an_earlier_part_are_not_those_of_the_run(tmp_path: Path):
+    """It had ended, went on, and was killed; a part that logged nothing takes nothing away."""
+    folder = write(tmp_path / "run", "base", 0, GAP, steps=4)
+    track(folder, {"rl_steps": 4, "seed": 0}, run_id="same")
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    first.rename(first.with_name("offline-run-20200101_000000-same"))
+    track(folder, {"rl_steps": 4, "seed": 0}, run_id="same", finished=False)
+    copy = only_wandb(tmp_path, tmp_path / "copy")
+    runs, (left,) = find_runs([copy])
+    assert not runs and (left.state, left.why, left.seed) == ("unfinished", "no results.json", 0)
+    last = max(copy.rglob("run-same.wandb"))
+    assert "20200101" not in str(last)
+    last.write_bytes(last.read_bytes()[:7])
+    (run,), unfinished = find_runs([copy])
+    assert not unfinished and run.concepts("gap/greedy/accuracy")
+
+
+def test_steps_of_a_run_that_went_back_count_once():
+    rows = [{STEP: k, "a": k} for k in (0, 1, 2, 3)] + [{STEP: 0, "b": 5}, {STEP: 3, "c": 6}, {STEP: 2, "a": 9}]
+    found = each_step_once(rows)
+    assert found == [{STEP: 0, "a": 0, "b": 5}, {STEP: 1, "a": 1}, {STEP: 2, "a": 9}]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "killed before its config was logged"),
+        (b":W&B\x00\x01\x00", "killed before its config was logged"),
+        (b":W", "killed before its config was logged"),
+        (b"something else", "run-x.wandb is no .wandb file"),
+    ],
+)
+def test_a_wandb_run_that_died_early_is_not_hidden(tmp_path: Path, content: bytes, why: str):
+    part = tmp_path / "wandb" / "offline-run-20260101_000000-x"
+    part.mkdir(parents=True)
+    (part / "run-x.wandb").write_bytes(content)
+    runs, (left,) = find_runs([tmp_path])
+    assert not runs and (left.state, left.why) == ("unfinished", why)
+
+
+def test_wandb_results_of_an_earlier_attempt_are_not_those_of_the_run(tracked: Path, tmp_path: Path, dead):
+    """The run was begun again in its folder, which takes its results away, and was killed while it loaded."""
+    folder = tmp_path / "s" / "2"
+    shutil.copytree(tracked / "2", folder, symlinks=True)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").unlink()
+    saved = next(folder.rglob("files/results.json"))
+    text = json.dumps(results | {"provenance": {"identity": "one"}, "compute": {"attempts": 1}})
+    saved.unlink()
+    saved.write_text(text)
+
+    def found(identity: str, attempts: int) -> str:
+        one = {"host": socket.gethostname(), "started": now(), **dead}
+        record = {"app": "train", "state": "running", "identity": identity, "attempts": [one] * attempts}
+        (folder / "run.json").write_text(json.dumps(record))
+        runs, unfinished = find_runs([tmp_path / "s"])
+        return [*runs, *unfinished][0].state
+
+    (folder / ".hydra" / "config.yaml").write_text("rl_steps: 4\nseed: 0\n")
+    assert [found("one", 1), found("one", 2), found("two", 1)] == ["completed", "killed", "killed"]
+
+
+# ---- one run in several places -----------------------------------------------------------------------------------
+
+
+def test_a_run_in_several_places_counts_once(server: FakeApi, tmp_path: Path):
+    """Run 0 lies on the disk and on the server, unfinished run 4 as well; the folder counts."""
+    (tmp_path / "local" / "0" / "run.json").write_text(json.dumps({"app": "train", "wandb_id": "id0"}))
+    began(tmp_path / "local" / "4", "interrupted")
+    record = json.loads((tmp_path / "local" / "4" / "run.json").read_text())
+    (tmp_path / "local" / "4" / "run.json").write_text(json.dumps(record | {"wandb_id": "id4"}))
+    for number in "123":
+        shutil.rmtree(tmp_path / "local" / number)
+    notes: list[str] = []
+    runs, unfinished = find_runs(["wandb://me/project", tmp_path / "local"], notes)
+    assert sorted(run.name for run in runs) == [
+        str(tmp_path / "local" / "0"), *(f"wandb://me/project/id{n}" for n in (1, 2, 3))
+    ]  # fmt: skip
+    assert sum(run.state == "interrupted" for run in unfinished) == 1 and len(unfinished) == 3
+    (note,) = notes
+    assert note.startswith("2 runs were found in two places") and "wandb://me/project/id0" in note
+
+
+def test_a_tracked_folder_and_its_wandb_files_are_one_run(tracked: Path, tmp_path: Path):
+    copy = only_wandb(tracked, tmp_path / "copy")
+    runs, unfinished = find_runs([copy, tracked])
+    assert len(runs) == 4 and not unfinished
+    assert all((run.folder / "results.json").is_file() for run in runs), "the run's own folder counts"
 
 
 # ---- a W&B server (a stand-in) -----------------------------------------------------------------------------------
@@ -202,6 +299,17 @@ def test_a_project_on_a_server_gives_the_same_report(server: FakeApi, tmp_path: 
         assert code == 0, capsys.readouterr().err
         files = {f: (tmp_path / f"{name}_" / f).read_text() for f in ("table.md", "curves.csv")}
         written[name] = {f: text.split("\n## Not in the table")[0].rstrip() for f, text in files.items()}
+        rows = parquet.read_table(tmp_path / f"{name}_" / "runs.parquet").to_pylist()
+        finished = [row for row in rows if row["state"] == "completed"]
+        written[name]["runs"] = [{k: v for k, v in row.items() if k.startswith("after/")} for row in finished]
+        page = Page(tmp_path / f"{name}_" / "report.html")
+        assert len(finished) == 4 and {one["data-run"] for one in page.having("data-run")} == {
+            r["run"] for r in finished
+        }
+        unfinished = {row["folder"] for row in rows if row["state"] != "completed"}
+        assert {one["data-absent"] for one in page.having("data-absent")} == unfinished
+        of_run = {(one["data-run"], one["data-metric"]): one["data-value"] for one in page.having("data-run")}
+        assert all(float(of_run[r["run"], f"after/{m}"]) == r[f"after/{m}"] for r in finished for m in MEASURES)
     assert written["local"] == written["server"]
     absent = (tmp_path / "server_" / "table.md").read_text().split("## Not in the table\n\n")[1]
     assert absent.splitlines() == [
@@ -209,6 +317,22 @@ def test_a_project_on_a_server_gives_the_same_report(server: FakeApi, tmp_path: 
         "- wandb://me/project/id5: failed, out of memory",
         "- wandb://me/project/id6: running, running in W&B, no results.json",
     ]
+
+
+def test_results_of_a_run_that_goes_on_are_not_counted(server: FakeApi):
+    """It had ended, and was resumed under its id: the server still has what it wrote then."""
+    server.found[0].state, server.found[1].state = "running", "crashed"
+    runs, unfinished = find_runs(["wandb://me/project"])
+    assert [run.name[-1] for run in runs] == ["2", "3"]
+    found = {run.name[-3:]: (run.state, run.why) for run in unfinished}
+    assert found["id0"] == ("running", "running in W&B, its results.json is of an earlier attempt")
+    assert found["id1"][0] == "killed"
+
+
+def test_a_step_that_a_server_has_twice_counts_once(server: FakeApi):
+    server.found[0].rows += [{STEP: 3, "reward/accuracy": 0.75}]
+    run = next(run for run in find_runs(["wandb://me/project"])[0] if run.name.endswith("id0"))
+    assert [(row[STEP], row["reward/accuracy"]) for row in run.rows()] == [(1, 0.125), (2, 0.25), (3, 0.75)]
 
 
 @pytest.mark.parametrize(
@@ -332,6 +456,28 @@ def test_jobs_of_a_sweep_that_have_no_folder_are_pending(tmp_path: Path, dead: d
 
 
 def test_results_of_an_earlier_attempt_are_not_those_of_the_run(tmp_path: Path, dead: dict[str, Any]):
+    """Both files say whose they are: a copy, which makes all files young, changes nothing."""
+    folder = write(tmp_path / "run", "base", 0, GAP)
+    results = json.loads((folder / "results.json").read_text())
+
+    def found(identity: str, attempt: int, attempts: int, **said: Any) -> tuple[str, str]:
+        made = {"provenance": {"identity": identity}, "compute": {"attempts": attempt}}
+        (folder / "results.json").write_text(json.dumps(results | made))
+        one = {"host": socket.gethostname(), "started": now(), **dead}
+        record = {"app": "train", "state": "running", "identity": "one", "attempts": [one] * attempts, **said}
+        (folder / "run.json").write_text(json.dumps(record))
+        runs, unfinished = find_runs([tmp_path])
+        return next((run.state, run.why) for run in [*runs, *unfinished])
+
+    gone = f"process {dead['pid']} is gone"
+    assert found("one", 1, 2) == found("two", 1, 1) == ("killed", gone)
+    assert found("one", 2, 2)[0] == "completed", "killed at the very end"
+    assert found("one", 1, 1, state="completed") == ("completed", "")
+    state, why = found("one", 1, 1, state="failed", error="no disk")
+    assert (state, why) == ("completed", "its run.json says failed: no disk; its results were written before")
+
+
+def test_old_results_are_told_by_their_age(tmp_path: Path, dead: dict[str, Any]):
     folder = write(tmp_path / "run", "base", 0, GAP)
     record = {
         "app": "train",
@@ -344,3 +490,43 @@ def test_results_of_an_earlier_attempt_are_not_those_of_the_run(tmp_path: Path, 
     assert not runs and left.state == "killed"
     os.utime(folder / "results.json")  # written after the attempt began: killed at the very end
     assert len(find_runs([tmp_path])[0]) == 1
+
+
+def test_a_run_on_another_host_that_is_silent_is_not_running(tmp_path: Path, dead: dict[str, Any]):
+    folder = began(tmp_path / "run", "running", host="other-host", **dead)
+    long_ago = time.time() - 7200
+    for path in (folder / "run.json", folder / ".hydra" / "config.yaml"):
+        os.utime(path, (long_ago, long_ago))
+    (left,) = find_runs([tmp_path])[1]
+    assert left.state == "unfinished"
+    assert re.fullmatch(r"running on other-host, as its run.json says, but no sign of life for .*", left.why)
+    (folder / "metrics.jsonl").write_text("")
+    assert find_runs([tmp_path])[1][0].state == "running"
+
+
+# ---- broken files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", '{"after": {', "[1]", '{"after": {}, "run": null}'])
+def test_a_torn_results_file_makes_its_run_unfinished(tmp_path: Path, text: str):
+    write(tmp_path / "good", "base", 0, GAP)
+    (write(tmp_path / "torn", "base", 1, GAP) / "results.json").write_text(text)
+    (run,), (left,) = find_runs([tmp_path])
+    assert run.folder.name == "good" and left.state == "unfinished"
+    assert left.why.startswith(("results.json is no JSON", "its results.json has no section 'run'"))
+
+
+def test_other_torn_files_are_noted(tmp_path: Path):
+    (write(tmp_path / "a", "base", 0, GAP) / "run.json").write_text("")
+    (tmp_path / "sweep.json").write_text('{"jobs": [')
+    begun = began(tmp_path / "b", "failed")
+    (begun / "run.json").write_text("{")
+    (begun / ".hydra" / "overrides.yaml").write_text("[")
+    (begun / ".hydra" / "hydra.yaml").write_text("hydra:\n")
+    notes: list[str] = []
+    (run,), (left,) = find_runs([tmp_path], notes)
+    assert run.folder.name == "a" and (left.state, left.why) == ("unfinished", "run.json is no JSON")
+    assert notes == [
+        f"{tmp_path}: sweep.json is no JSON: jobs that have not begun are not known.",
+        f"{tmp_path / 'a'}: run.json is no JSON.",
+    ]

@@ -12,7 +12,7 @@ import pytest
 
 from core_torl.config.errors import UserError
 from core_torl.reports.finished import Run, group
-from core_torl.reports.histories import read_histories
+from core_torl.reports.histories import read_each
 from core_torl.reports.numbers import compare
 from core_torl.reports.story import Story
 from core_torl.reports.wandb_report import ROLLOUTS, group_keys, publish, run_filter
@@ -62,7 +62,7 @@ def make_story(
     }  # fmt: skip
     return Story(**{
         "title": "A | story", "template": template, "comparison": comparison, "groups": groups,
-        "histories": read_histories(groups, notes), "curves": [], "colours": {}, "runs": pa.table({}), "figures": {},
+        "histories": read_each(runs, [], notes), "curves": [], "colours": {}, "runs": pa.table({}), "figures": {},
         "defaults": {"variant.lr": 1e-4, "rl_steps": 20},
     } | more)  # fmt: skip
 

@@ -151,7 +151,7 @@ def test_a_shipped_sweep_runs_each_seed_in_its_own_folder_and_its_own_tracked_ru
     assert front_door("train", "-cd", str(sweeps), "-cn", "seeds", *small) == 0
     one, two = (read_run(tmp_path / "sweep" / job) for job in "01")
     assert (one.config["seed"], two.config["seed"]) == (0, 1)
-    assert one.run_id != two.run_id and one.group == two.group == "demo"
+    assert one.run_id != two.run_id and one.group == two.group == "seeds"
 
 
 def test_a_run_stopped_before_its_results_can_be_finished(front_door, tmp_path):

@@ -113,11 +113,58 @@ def test_at_most_eight_curves_the_baseline_among_them():
     assert curve_cells([cell(1, curves=False)], None) == []
 
 
+def test_the_best_cells_are_those_of_the_cells_with_a_curve(tmp_path: Path, drawn):
+    """The best headline may belong to a cell without a curve, as supervised training that samples no tokens."""
+    sft = CellPicture("sft", None, estimate(0.9), [0.9], curves=[[(0.0, 0.1), (0.0, 0.2)]])
+    comparison_figure([*(cell(i) for i in range(12)), sft], tmp_path / "c.png", "t", "h", "core/cell_0")
+    assert drawn[0].axes[-1].get_title("left").endswith(":\nthe baseline and the 7 best of 11 others")
+    comparison_figure([*(cell(i) for i in range(12)), sft], tmp_path / "c.png", "t", "h")
+    assert drawn[2].axes[-1].get_title("left").endswith(":\nthe 7 best of 12 cells")
+    comparison_figure([*(cell(i) for i in range(7)), sft], tmp_path / "c.png", "t", "h")
+    assert drawn[4].axes[-1].get_title("left") == "right answers in training"
+
+
+def test_seeds_without_a_common_stretch_are_drawn_by_themselves(tmp_path: Path, drawn):
+    apart = [[(0.0, 0.0), (1000.0, 1.0)], [(5000.0, 0.5), (6000.0, 0.5)]]
+    one = CellPicture("apart", None, estimate(0.5), [0.5], curves=apart)
+    comparison_figure([one, cell(2)], tmp_path / "c.png", "t", "h")
+    first, second, mean = drawn[0].axes[-1].lines
+    assert [line.get_linewidth() for line in (first, second, mean)] == [1.0, 1.0, 2.0]
+    assert list(second.get_xdata()) == [5.0, 6.0] and list(first.get_xdata()) == [0.0, 1.0]
+    assert [t.get_text() for t in drawn[0].axes[-1].texts] == ["core/cell_2", "apart"]
+
+
+def test_a_dollar_is_no_formula(tmp_path: Path, drawn):
+    """Half a formula of matplotlib's would end the report."""
+    one = CellPicture(r"a $\frac$ b", None, estimate(0.5), [0.5], curves=cell(1).curves)
+    comparison_figure([one], tmp_path / "c.png", r"for $5 and $\oops$", r"h $\x$", one.label)
+    line_figure({one.label: [(1.0, estimate(0.3))]}, tmp_path / "line.png", "$a_$", "config/x", "$h_$")
+    assert texts_overlap(drawn[0]) == []
+
+
+def test_what_is_retained_over_k(tmp_path: Path, drawn):
+    lines = {"core/kl": [(k, estimate(0.6 - 0.1 * k)) for k in (3, 1, 2)], "base": [(1, estimate(0.2))]}
+    colours = {"core/kl": figures.COLOURS[2], "base": figures.BASELINE}
+    png = figures.retained_figure({"gap": lines, "mastered": lines}, tmp_path / "retained.png", "t", colours)
+    assert png.exists() and png.with_suffix(".svg").exists()
+    assert [a.get_title("left") for a in drawn[0].axes] == [
+        "gap problems solved without them", "mastered problems solved without them"
+    ]  # fmt: skip
+    axes = drawn[0].axes[0]
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([50, 40, 30])
+    assert [line.get_color() for line in axes.lines] == list(colours.values())
+    assert all(float(tick).is_integer() for tick in axes.get_xticks()) and texts_overlap(drawn[0]) == []
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.retained_figure({"gap": {"a": []}}, tmp_path / "r.png", "t", {})
+
+
 def test_curves_meet_on_what_all_seeds_reached():
-    grid, values = figures.together([[(0.0, 0.0), (10.0, 1.0)], [(2.0, 0.5), (20.0, 0.5)]])
+    common = figures.together([[(0.0, 0.0), (10.0, 1.0)], [(2.0, 0.5), (20.0, 0.5)]])
+    assert common is not None
+    grid, values = common
     assert (grid[0], grid[-1]) == (2.0, 10.0) and values.shape == (2, 200)
-    grid, values = figures.together([[(0.0, 0.0), (1.0, 1.0)], [(5.0, 0.5), (6.0, 0.5)]])
-    assert list(grid) == [0.0, 1.0] and len(values) == 1
+    assert figures.together([[(0.0, 0.0), (1.0, 1.0)], [(5.0, 0.5), (6.0, 0.5)]]) is None
 
 
 def test_spread_keeps_order_and_distance():

@@ -26,7 +26,9 @@ def test_every_letter_with_a_meaning_is_escaped(text: str, expected: str):
     ("text", "expected"),
     [
         ("22.5 [5.7, 40.9]", r"22.5 {\scriptsize [5.7, 40.9]}"),
-        ("-8.3 [-23.0, +6.7]", r"$-$8.3 {\scriptsize [$-$23.0, +6.7]}"),
+        ("-8.3 [-23.0, +6.7]", r"$-$8.3 {\scriptsize [$-$23.0, $+$6.7]}"),
+        ("1e-05", r"1$\cdot 10^{-5}$"),
+        ("-2.5e+09 [-3.1e+09, 1.0e-04]", r"$-$2.5$\cdot 10^{9}$ {\scriptsize [$-$3.1$\cdot 10^{9}$, 1.0$\cdot 10^{-4}$]}"),
         ("+45.8", "$+$45.8"),
         ("1,004", "1,004"),
         ("x-y 3 [a]", "x-y 3 [a]"),
@@ -48,12 +50,15 @@ def test_a_tabular_has_a_column_for_each_head():
 def test_titles_cannot_leave_their_comment():
     comparison = {
         "title": "two\nlines", "headline": "gap/greedy/accuracy", "sets": ["gap"], "decoding": "greedy",
-        "baseline": None, "confidence": 0.95, "cells": [],
+        "baseline": None, "confidence": 0.95, "cells": [], "empty": [{"label": "c_d", "seeds": "0 of 1 (1 killed)"}],
+        "notes": ["a note\nof two lines"],
+        "unfinished": [{"folder": "f", "state": "killed", "why": "gone", "cell": "c_d", "seed": 3}],
     }  # fmt: skip
     text = latex(comparison | {"cells": [{
-        "label": "a_b", "seeds": [0], "rl_steps": 3.0, "sampled_tokens": None, "before": {}, "after": {},
-        "retention": None, "paired": None,
+        "label": "a_b", "seeds": [0], "seeds_text": "1", "rl_steps": 3.0, "sampled_tokens": None, "before": {}, "after": {},
+        "retention": None, "paired": None, "baseline": None,
     }]})  # fmt: skip
     assert text.startswith("% two lines\n")
     assert all(line.startswith(("%", "\\")) or line.endswith(r"\\") for line in text.splitlines())
-    assert r"a\_b & 1 & 3 & --" in text
+    assert r"a\_b & 1 & 3 & --" in text and r"c\_d & 0 of 1 (1 killed) & -- & --" in text
+    assert text.endswith("% Note: a note of two lines\n% Not in the table: f (cell c_d, seed 3): killed, gone\n")

@@ -54,7 +54,7 @@ def test_one_panel_for_each_metric_and_no_text_on_another(tmp_path: Path, drawn,
     lines = [mean(m, cell, 0.2 + 0.1 * i) for m in metrics for i, cell in enumerate(colours)]
     png = curves_figure(metrics, lines, colours, tmp_path / "deep" / "curves.png", "a title", 5)
     image = np.asarray(imread(png))[..., :3]
-    assert image.shape[1] == 1210 and image.std() > 0.02
+    assert image.shape[1] > 1100 and image.std() > 0.02
     assert png.with_suffix(".svg").read_text().startswith("<?xml")
     figure = drawn[0]
     assert len(figure.axes) == panels
@@ -69,7 +69,10 @@ def test_one_panel_for_each_metric_and_no_text_on_another(tmp_path: Path, drawn,
     (legend,) = figure.legends
     box = legend.get_window_extent()
     assert box.x1 <= figure.bbox.x1 and box.y0 >= figure.bbox.y0 - 1
-    assert [t.get_text() for t in legend.get_texts()] == [*colours, "band: 95 % t-interval of the mean over seeds"]
+    assert [t.get_text() for t in legend.get_texts()] == ["band: 95 % t-interval of the mean over seeds"]
+    for axes in figure.axes:  # which line is whose stands at its end, in its colour
+        names = {t.get_text(): to_hex(t.get_color()).upper() for t in axes.texts}
+        assert names | colours == names
 
 
 def test_words_units_and_values_are_those_of_the_glossary(tmp_path: Path, drawn):
@@ -79,11 +82,15 @@ def test_words_units_and_values_are_those_of_the_glossary(tmp_path: Path, drawn)
     curves_figure(["reward/accuracy", "time/step_s", "my/own"], lines, colours, tmp_path / "c.png", "t", 1)
     share, seconds, own = drawn[0].axes
     assert share.get_title(loc="left") == "judged trajectories whose answer is right"
-    assert [t.get_text() for t in share.texts] == ["reward/accuracy"] and share.get_ylabel() == "share (%)"
+    assert [t.get_text() for t in share.texts] == ["reward/accuracy", "a", "b"] and share.get_ylabel() == "share (%)"
     assert list(share.lines[0].get_ydata()) == pytest.approx([100 * e.value for _, e in lines[0].points])
-    assert seconds.get_ylabel() == "seconds" and [t.get_text() for t in seconds.texts] == ["time/step_s (1 of 2 cells)"]
+    assert seconds.get_ylabel() == "seconds" and [t.get_text() for t in seconds.texts] == [
+        "time/step_s (1 of 2 cells)",
+        "a",
+    ]
     assert list(seconds.lines[0].get_ydata()) == pytest.approx([e.value for _, e in lines[2].points])
-    assert own.get_title(loc="left") == "my/own" and own.get_ylabel() == "" and not own.texts
+    assert own.get_title(loc="left") == "my/own" and own.get_ylabel() == ""
+    assert [t.get_text() for t in own.texts] == ["a", "b"]
     assert seconds.get_xlabel() == "RL step", "no smoothing, no word of it"
 
 
@@ -96,7 +103,7 @@ def test_seeds_are_thin_lines_without_a_band_and_rare_values_have_markers(tmp_pa
     assert [line.get_marker() for line in axes.lines] == ["o", "None", "None", "o"]
     assert list(axes.lines[0].get_xdata()) == [10, 20, 30] and len(axes.collections) == 1
     entries = [t.get_text() for t in drawn[0].legends[0].get_texts()]
-    assert entries[-1] == "thin line: one seed (no mean of fewer than 3)" and len(entries) == 4
+    assert entries[-1] == "thin line: one seed (no mean of fewer than 3)" and len(entries) == 2
 
 
 def test_the_file_holds_what_was_drawn(tmp_path: Path, drawn):

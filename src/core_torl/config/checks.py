@@ -95,11 +95,12 @@ def check_report(cfg: DictConfig) -> None:
         raise UserError("sets=[]: name at least one test set, e.g. sets=[gap]; null takes all")
     if cfg.decoding not in ("greedy", "sampled", None):
         raise UserError(f"decoding={cfg.decoding!r}: use greedy or sampled, or null to choose")
-    parts = (cfg.headline or "set/greedy/accuracy").split("/")
-    if len(parts) != 3 or parts[1] not in ("greedy", "sampled") or parts[2] not in ("accuracy", "robust_accuracy"):
+    parts = (cfg.headline or "set/greedy/accuracy").removesuffix("?").split("/")
+    measures = ("accuracy", "robust_accuracy", "retained")
+    if len(parts) != 3 or parts[1] not in ("greedy", "sampled") or parts[2] not in measures:
         raise UserError(
-            f"headline={cfg.headline}: write set/decoding/measure with greedy or sampled and accuracy or "
-            "robust_accuracy, e.g. gap/greedy/robust_accuracy"
+            f"headline={cfg.headline}: write set/decoding/measure with greedy or sampled and accuracy, robust_accuracy "
+            "or retained, e.g. gap/greedy/robust_accuracy"
         )
     if not 0 < cfg.confidence < 1:
         raise UserError(f"confidence={cfg.confidence}: a share between 0 and 1, such as 0.95")

@@ -21,7 +21,8 @@ from scipy import stats
 
 from core_torl.evaluation.statistics import Estimate, holm
 
-ConceptShares = Mapping[str, tuple[float, int]]
+# What is retained of sampled answers counts a problem by the share that was right: its weight need not be whole.
+ConceptShares = Mapping[str, tuple[float, float]]
 Cell = Mapping[int, ConceptShares]
 
 _SAME = 1e-12  # differences of shares closer than this are equal: what is left is rounding
@@ -46,7 +47,7 @@ class Paired:
 def share(concepts: ConceptShares) -> float:
     """The mean over problems: each concept's share weighted by its number of problems."""
     problems = sum(n for _, n in concepts.values())
-    if problems < 1:
+    if problems <= 0:
         raise ValueError("share: no problems; needs at least one concept with one problem")
     return sum(value * n for value, n in concepts.values()) / problems
 
@@ -182,8 +183,8 @@ def _check(cell: Cell, confidence: float, resamples: int) -> None:
         raise ValueError("a cell needs at least one seed, and each seed at least one concept")
     for seed, rows in cell.items():
         for concept, (value, n) in rows.items():
-            if n < 1 or not 0 <= value <= 1:
-                raise ValueError(f"seed {seed}, {concept}: share {value} of {n} problems; needs 0 to 1, and 1 or more")
+            if n <= 0 or not 0 <= value <= 1:
+                raise ValueError(f"seed {seed}, {concept}: share {value} of {n} problems; needs 0 to 1 of more than 0")
 
 
 def _listed(cell: Cell) -> str:

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from core_torl.config.errors import UserError, causes, one_line
 from core_torl.config.paths import conf_dir
 from core_torl.config.schema import register
 from core_torl.launch.identity import identity
-from core_torl.launch.processes import end_with_launcher
+from core_torl.launch.lock import lock
+from core_torl.launch.processes import IDENTITY, end_with_launcher, is_job
 from core_torl.launch.provenance import provenance
 from core_torl.launch.record import finished, read_record, recorded
 from core_torl.launch.reproduce import replayed
@@ -38,16 +40,25 @@ _sweeps: list[Path] = []  # folders of the sweeps that this process has started
 
 
 class SweepHook:
-    """Hydra's callback at the start of a sweep: it tells the front door where that is, and lets a search go on."""
+    """Hydra's callback at the start of a sweep: it locks the sweep's folder and lets a stopped search go on."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _sweeps.append(Path(str(config.hydra.sweep.dir)).absolute())
-        continue_search(config)
+        try:
+            folder = Path(str(config.hydra.sweep.dir)).absolute()
+            lock(folder)
+            _sweeps.append(folder)
+            continue_search(config)
+        except Exception as error:  # Hydra would turn it into a warning and start the sweep
+            raise SweepRefused from error
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("on_"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None  # the other moments do not matter here
+
+
+class SweepRefused(BaseException):
+    """A sweep that must not start; ``__cause__`` says why. Passes by Hydra, which swallows errors of callbacks."""
 
 
 def run_app(
@@ -81,7 +92,8 @@ def run_app(
 
     def run(cfg: DictConfig) -> Any:
         check(cfg)
-        return run_once(cfg, config_name, task) if record else task(cfg)
+        # A dry run leaves nothing by which a run could be taken for done.
+        return run_once(cfg, config_name, task) if record and not cfg.get("dry_run") else task(cfg)
 
     def job(cfg: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
@@ -101,6 +113,7 @@ def run_app(
     # For the launcher: what to check, how to start this program again, what was asked for before we changed it.
     job.check = check  # pyright: ignore[reportFunctionMemberAccess]
     job.program = program_of(task)  # pyright: ignore[reportFunctionMemberAccess]
+    job.config_dir = config_dir or conf_dir()  # pyright: ignore[reportFunctionMemberAccess]
     job.environment = {} if asked is None else {"HYDRA_FULL_ERROR": asked}  # pyright: ignore[reportFunctionMemberAccess]
     _sweeps.clear()
     try:
@@ -111,16 +124,33 @@ def run_app(
         _end_sweep(sweep_end, config_name)
     except SweepFailed as error:
         close_boards("failed")
-        _end_sweep(sweep_end, config_name)
         print(f"core-torl: {error}", file=sys.stderr)
+        _end_sweep(sweep_end, config_name)
         sys.exit(1)
+    except SweepRefused as error:
+        if asked == "1" or not isinstance(error.__cause__, UserError):
+            raise error.__cause__ or error from None
+        fail(error.__cause__, config_name)
+    except KeyboardInterrupt:
+        if not _sweeps:
+            raise
+        close_boards("interrupted")
+        print("core-torl: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except SweepInterrupted as error:
         print(f"core-torl: {error}", file=sys.stderr)
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if asked == "1":
             raise
-        fail(error, config_name)
+        in_sweep = started and bool(_sweeps)  # a job that ran in this process
+        try:
+            fail(error, config_name)
+        except SystemExit:
+            if not in_sweep:
+                raise
+            _end_sweep(sweep_end, config_name)
+            sys.exit(1)
     except (OSError, ValueError) as error:
         # Before the task: Hydra's own complaint about an override or the run's folder. Later: a disk that is full.
         refused = isinstance(error, OSError) and error.errno in (_FULL if started else _UNWRITABLE)
@@ -150,9 +180,20 @@ def run_once(cfg: DictConfig, config_name: str, task: Callable[[DictConfig], Any
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         check_ranks(cfg, str(hydra.runtime.choices.get("hydra/launcher")))
-    folder, mark = Path(hydra.runtime.output_dir), identity(cfg)
+    folder = Path(hydra.runtime.output_dir)
+    mark, whole = identity(cfg, str(folder)), identity(cfg, str(folder), whole=True)
+    if is_job():
+        expected = os.environ.get(IDENTITY, mark)
+        if expected not in (mark, whole):
+            raise UserError(
+                f"{folder}: this job has another config than its launcher made out, perhaps because a file of it has "
+                "changed since; run the command again"
+            )
+        mark = expected
     if hydra.mode == RunMode.MULTIRUN and (known := read_record(folder)):
         # Another launcher than ours: it starts every job, so the job itself must know that it is done.
+        if known["identity"] == whole:
+            mark = whole
         if known["identity"] != mark:
             raise UserError(f"{folder} holds another run than this job; choose another hydra.sweep.dir")
         if done := finished(folder, mark):
@@ -182,14 +223,19 @@ def check_ranks(cfg: DictConfig, launcher: str) -> None:
 
 
 def _end_sweep(sweep_end: Callable[[Path], None] | None, config_name: str) -> None:
-    """What follows the last job; a mistake in it is told and takes no result away."""
+    """What follows the last job; nothing that goes wrong in it takes a result away, or hides which jobs failed."""
     if sweep_end is None:
         return
     for folder in dict.fromkeys(_sweeps):
+        if not any(folder.glob("**/run.json")):
+            continue  # a dry run, or nothing that got as far as its record
         try:
             sweep_end(folder)
         except UserError as error:
             print(f"core-torl: no report of {folder}: {one_line(error)}", file=sys.stderr)
+        except Exception as error:  # noqa: BLE001 - told in full; every job is done and on disk
+            traceback.print_exc()
+            print(f"core-torl: no report of {folder} ({type(error).__name__}); all results are there", file=sys.stderr)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from core_torl.config.errors import UserError
-from core_torl.launch.identity import identity
+from core_torl.launch.identity import THIS_RUN, identity
 from core_torl.launch.provenance import code_version
 from core_torl.launch.record import NAME, finished, is_alive, read_record, state_of
 
@@ -67,36 +67,46 @@ class Runs:
     def __init__(self, sweep: Path) -> None:
         self.sweep = sweep
         self.records: dict[Path, dict[str, Any]] = {}
-        for name, inside, files in os.walk(sweep):
-            inside[:] = sorted(d for d in inside if d not in _INSIDE_A_RUN)
+        for name, inside, files in os.walk(sweep, followlinks=True):
+            # What is inside a run is no run; the same names directly below the sweep may be anything.
+            inside[:] = sorted(d for d in inside if d not in (_INSIDE_A_RUN if NAME in files else ()))
             if NAME in files and (record := read_record(Path(name))):
                 self.records[Path(name)] = record
-        # Of two runs of one identity the one that is done counts.
-        by_state = sorted(self.records.items(), key=lambda pair: pair[1]["state"] == "completed")
-        self.folders = {record["identity"]: folder for folder, record in by_state}
+        # Of two runs of one identity the one that is done counts, then the one that can be gone on with.
+        worth = sorted(
+            self.records, key=lambda f: (self.records[f]["state"] == "completed", (f / "checkpoints").is_dir())
+        )
+        self.folders = {self.records[folder]["identity"]: folder for folder in worth}
         self._taken: set[Path] = set()
+        self._next = 0  # numbers below it are known to be taken
 
     def folder_for(self, mark: str, name_at: Callable[[int], str], number: int) -> Path:
         """Where a job of identity ``mark`` runs. ``name_at(n)`` is its folder's name as job number n. UserError."""
         if mark in self.folders:
             return self.folders[mark]
         folder = self.sweep / name_at(number)
-        while folder in self._taken or _occupied(folder):
-            number += 1
+        if self._is_taken(folder):
+            number = max(number + 1, self._next)
             if self.sweep / name_at(number) == folder:
                 other = "another job of this sweep" if folder in self._taken else "another run"
                 raise UserError(
                     f"hydra.sweep.subdir={name_at(number)}: {other} stands in {folder}; name in it what tells jobs "
                     "apart, or choose another hydra.sweep.dir"
                 )
-            folder = self.sweep / name_at(number)
+            while self._is_taken(folder := self.sweep / name_at(number)):
+                number += 1
+            self._next = number + 1
         self._taken.add(folder)
         self.folders[mark] = folder
         return folder
 
+    def _is_taken(self, folder: Path) -> bool:
+        return folder in self._taken or _occupied(folder)
+
 
 def _occupied(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in (NAME, "results.json", ".hydra"))
+    """Whether a run left something there; a job that was killed before its record left nothing but Hydra's files."""
+    return any((folder / name).exists() for name in (NAME, "results.json", "metrics.jsonl", "checkpoints"))
 
 
 def plan(
@@ -115,22 +125,30 @@ def plan(
     runs, jobs, known = Runs(sweep), [], {}
     outer = HydraConfig.instance().cfg
     try:
+        found = []
         for number, own in enumerate(overrides, start=first):
             config = compose(own)
-
-            def name_at(n: int, config: DictConfig = config) -> str:
-                with read_write(config.hydra), open_dict(config.hydra):
-                    config.hydra.job.num, config.hydra.job.id = n, n
-                HydraConfig.instance().set_config(config)  # ${hydra:...} is looked up there
-                return str(OmegaConf.select(config, "hydra.sweep.subdir"))
-
-            name_at(number)
+            _as_job(config, number)
             task = _task(config)
             try:
                 check(task)
             except UserError as error:
                 raise UserError(f"job {number} ({' '.join(own)}): {error}") from error
-            mark = identity(task)
+            found.append((number, own, config, identity(task), identity(task, whole=True)))
+        # Jobs that differ in nothing but their speed or what they show are asked for on purpose, as in a benchmark.
+        wholes: dict[str, set[str]] = {}
+        for _, _, _, mark, whole in found:
+            wholes.setdefault(mark, set()).add(whole)
+        for number, own, config, mark, whole in found:
+            mark = whole if len(wholes[mark]) > 1 else mark
+            dry = "dry_run/" if config.get("dry_run") else ""  # leaves nothing that a run could be taken for
+
+            sweep_keys: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+            numbered = sweep_keys["subdir"] == "${hydra.job.num}"  # no need to look anything up
+
+            def name_at(n: int, config: DictConfig = config, dry: str = dry, numbered: bool = numbered) -> str:
+                return dry + (str(n) if numbered else _as_job(config, n))
+
             folder = runs.folder_for(mark, name_at, number)
             job = Job(number, list(own), config, mark, folder, twin=known.get(mark))
             known.setdefault(mark, job)
@@ -139,6 +157,17 @@ def plan(
     finally:
         HydraConfig.instance().cfg = outer
     return jobs
+
+
+def _as_job(config: DictConfig, number: int) -> str:
+    """Make ``config`` that of job ``number``, for whatever looks its own number up; the name of the job's folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.job.num, config.hydra.job.id = number, str(number)
+        config.hydra.runtime.output_dir = THIS_RUN  # which folder that is follows from the identity
+    HydraConfig.instance().set_config(config)  # ${hydra:...} is looked up there, in a copy
+    return str(OmegaConf.select(config, "hydra.sweep.subdir"))
 
 
 def _task(config: DictConfig) -> DictConfig:

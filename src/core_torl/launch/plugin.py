@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from core_torl.config.errors import UserError
 from core_torl.launch.board import Board
 from core_torl.launch.jobs import Job, plan
-from core_torl.launch.processes import JobProcess
-from core_torl.launch.record import finished
+from core_torl.launch.lock import lock, unlock_all
+from core_torl.launch.processes import IDENTITY, JobProcess
+from core_torl.launch.record import TAKE_OVER, finished
 from core_torl.launch.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,15 @@ class SubprocessLauncher(Launcher):
         self._context: Any = None
         self._check: Callable[[DictConfig], None] = lambda cfg: None
         self._program: list[str] = []
+        self._config_dir: str | None = None
         self._environment: dict[str, str] = {}
         self._board: Board | None = None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
+        self._remember(hydra_context.config_loader)
         self._check = getattr(task_function, "check", self._check)
+        self._config_dir = getattr(task_function, "config_dir", None)
         self._program = getattr(task_function, "program", ["-m", task_function.__module__])
         self._environment = getattr(task_function, "environment", {})
 
@@ -84,8 +88,10 @@ class SubprocessLauncher(Launcher):
         configure_log(hydra.hydra_logging, hydra.verbose)
         sweep = Path(str(hydra.sweep.dir)).absolute()
         if self._board is None:
+            lock(sweep)
             self._board = Board(sweep, str(hydra.job.config_name), len(self.slots))
             _boards.append(self._board)
+        log.info(f"checking {len(job_overrides)} jobs")
         jobs = plan(self._compose, sweep, job_overrides, initial_job_idx, self._check, self.take_over)
         self._board.add(jobs)
         skipped, other = sum(job.state == "skipped" for job in jobs), sum(job.other_code for job in jobs)
@@ -109,6 +115,19 @@ class SubprocessLauncher(Launcher):
         error = SweepFailed(_summary(failed, len(jobs))) if failed else None
         return [_job_return(job, error) for job in jobs]
 
+    def _remember(self, loader: Any) -> None:
+        """Keep what is composed until it is asked for again: sweepers compose each job once before they launch it."""
+        compose, kept = loader.load_sweep_config, {}
+
+        def remembered(master_config: DictConfig, sweep_overrides: list[str], **others: Any) -> DictConfig:
+            found = kept.pop(tuple(sweep_overrides), None)
+            if found is None:
+                found = compose(master_config, sweep_overrides, **others)
+                kept[tuple(sweep_overrides)] = found
+            return found
+
+        loader.load_sweep_config = remembered
+
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         return self._context.config_loader.load_sweep_config(self._config, list(overrides))
 
@@ -123,28 +142,39 @@ class SubprocessLauncher(Launcher):
 
     def _start(self, job: Job) -> JobProcess:
         job.folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(self._environment)
+        environment = {**self._environment, IDENTITY: job.mark}
+        if self.take_over:
+            environment[TAKE_OVER] = "1"
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         # As for a console script, the current folder is not on the path unless it is for this process too.
         if self._program[0] == "-m" and not {"", os.getcwd()} & set(sys.path):
             environment["PYTHONSAFEPATH"] = "1"
-        return JobProcess(command_of(job, self._program, self._config), job.log, environment)
+        return JobProcess(command_of(job, self._program, self._config, self._config_dir), job.log, environment)
 
 
-def command_of(job: Job, program: Sequence[str], config: DictConfig) -> list[str]:
-    """The command line of one job: the sweep's own config, the job's overrides, and the job's folder."""
+def command_of(job: Job, program: Sequence[str], config: DictConfig, config_dir: str | None) -> list[str]:
+    """The command line of one job: the sweep's own config, the job's overrides, and the job's folder.
+
+    ``config_dir`` is where the program looks for its config by itself.
+    """
     hydra = config.hydra
     command = [sys.executable, *program, "--config-name", str(hydra.job.config_name)]
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             command += ["--config-dir", str(source.path)]
-    own = [str(o) for o in hydra.overrides.hydra if not str(o).startswith(_OF_THE_SWEEP)]
+        elif source.provider == "main" and config_dir is not None and str(source.path) != config_dir:
+            command += ["--config-path", str(source.path)]
+    given: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    own = [o for o in given if not o.lstrip("+~").startswith(_OF_THE_SWEEP)]
     command += [*job.overrides, *own, "hydra.mode=RUN", f"hydra.run.dir={quoted(job.folder)}"]
-    given = {o.lstrip("+~").split("=", 1)[0] for o in job.overrides}
+    # What a config may look up of its sweep.
+    command += [f"hydra.sweep.dir={quoted(hydra.sweep.dir)}", f"hydra.job.num={job.number}"]
+    command += [f"hydra.job.id='{job.number}'"]
+    keys = {o.lstrip("+~").split("=", 1)[0] for o in job.overrides}
     if "resume" in job.config and job.config.resume is None:
         command.append("resume=auto")
-    if OmegaConf.select(job.config, "logger.group", default="") is None and "logger.group" not in given:
+    if OmegaConf.select(job.config, "logger.group", default="") is None and "logger.group" not in keys:
         command.append(f"logger.group={quoted(Path(str(hydra.sweep.dir)).absolute().name)}")
     return command
 
@@ -186,10 +216,13 @@ def close_boards(state: str) -> None:
     """Say in each ``sweep.json`` of this process that its sweep has ended; for the front door's last lines."""
     while _boards:
         _boards.pop().close(state)
+    unlock_all()
 
 
-def _finished(job: Job) -> tuple[bool, float | None]:
-    """Whether the job's own record says that it is done, and what it returned."""
+def _finished(job: Job, code: int) -> tuple[bool, float | None]:
+    """Whether the job's own record says that it is done, and what it returned. A dry run keeps no record."""
+    if job.config.get("dry_run"):
+        return code == 0, None
     record = finished(job.folder, job.mark)
     return record is not None, record["value"] if record else None
 

@@ -1,7 +1,8 @@
 """One job as one process group: started apart from the terminal, asked to stop, killed, and cleaned up after.
 
-A job may start processes of its own: ranks, sandboxes, W&B's writer. They share its process group, so nothing of a job
-is left when it has ended, however it ended. And a job ends with its launcher: the kernel tells it when that dies.
+A job may start processes of its own: ranks, sandboxes, W&B's writer. They share its process group, so the launcher
+leaves nothing of a job when that has ended, however it ended. And a job ends with its launcher: the kernel tells it
+when that dies.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 PARENT = "CORE_TORL_LAUNCHER"  # process id of the launcher, for the job
+IDENTITY = "CORE_TORL_IDENTITY"  # what the launcher takes the job for
 LEFTOVERS_S = 5.0  # how long what a job started may go on after it, to write its last bytes
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # A rank, port or run id that the launcher itself was given must not be shared by all of its jobs; how errors are shown
 # is changed within a front door and told to jobs by it.
 _OWN = (
     "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_RUN_ID", "HYDRA_FULL_ERROR",
+    "GROUP_RANK", "LOCAL_WORLD_SIZE", "WANDB_RESUME", "WANDB_NAME",
     "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",  # a job starts its own ranks
 )  # fmt: skip
 
@@ -35,12 +38,16 @@ def _prctl(option: int, value: int) -> bool:
 
 def end_with_launcher() -> None:
     """In a job: be sent SIGTERM when the launcher dies, so that the run saves and ends. A no-op in other processes."""
-    parent = os.environ.get(PARENT)
-    if parent is None or int(parent) != os.getppid():
-        return  # not a job, or a process that a job started
+    if not is_job():
+        return
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before the line above
+    if os.getppid() != int(os.environ[PARENT]):  # it died while this process was starting
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_job() -> bool:
+    """Whether this process is a job of a launcher, and not one that a job started: only the job leads a session."""
+    return PARENT in os.environ and os.getsid(0) == os.getpid()
 
 
 class JobProcess:

@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,24 @@ PACKAGES = (
     "torch", "transformers", "peft", "pytorch-lightning", "hydra-core", "omegaconf", "wandb", "datasets", "math-verify",
     "numpy", "scipy", "vllm",
 )  # fmt: skip
+# What of a checkout decides what is computed.
+_CODE = ("src", "conf", "sweeps")
 
 
 def provenance(cfg: DictConfig, hydra: Any, app: str) -> dict[str, Any]:
     """All that is known of a run from its config and Hydra's own, see ``run.json`` in docs/sweeps.md."""
-    sources = hydra.runtime.config_sources
+    name = str(hydra.job.config_name)
+    folders = [str(s["path"]) for s in hydra.runtime.config_sources if s["provider"] == "command-line"]
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    # Put together again: a launcher may have started this process with other words.
+    words = [w for folder in folders for w in ("-cd", folder)] + (["-cn", name] if name != app else [])
     return {
-        "command": shlex.join([f"core-torl-{app.replace('_', '-')}", *sys.argv[1:]]),
+        "command": shlex.join([f"core-torl-{app.replace('_', '-')}", *words, *given]),
+        "cwd": str(hydra.runtime.cwd),
         "app": app,
-        "config_name": str(hydra.job.config_name),
-        "config_dirs": [str(s["path"]) for s in sources if s["provider"] == "command-line"],
-        "overrides": [str(o) for o in hydra.overrides.task],
+        "config_name": name,
+        "config_dirs": folders,
+        "overrides": given,
         **code_version(),
         "version": _version("core-torl"),
         "packages": {p: found for p in PACKAGES if (found := _version(p)) is not None},
@@ -58,24 +64,38 @@ def seeds(tree: Any, path: str = "") -> dict[str, int]:
 def code_version() -> dict[str, Any]:
     """Commit of the checkout that this code runs from, whether it was changed since, and a hash of the changes.
 
-    All None where core-torl was installed as a package, or git cannot be asked; its version says then what ran.
+    Changes are those under src, conf and sweeps, files that git does not know yet with their contents. All None where
+    core-torl was installed as a package, or git cannot be asked; its version says then what ran.
     """
-    root = Path(__file__).resolve().parents[3]
-    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
-    if commit is None:
-        return {"commit": None, "dirty": None, "diff_sha256": None}
-    # Files that git ignores or does not know are no part of the code; new modules under src are.
-    changes = (_git(root, "diff", "HEAD") or "") + (_git(root, "status", "--porcelain", "--", "src", "conf") or "")
-    digest = hashlib.sha256(changes.encode()).hexdigest()[:16] if changes else None
-    return {"commit": commit, "dirty": bool(changes), "diff_sha256": digest}
+    return version_of(Path(__file__).resolve().parents[3])
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def version_of(root: Path) -> dict[str, Any]:
+    """The same for the checkout in ``root``."""
+    unknown = {"commit": None, "dirty": None, "diff_sha256": None}
+    if not (root / ".git").exists():
+        return unknown
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "diff", "HEAD", "--no-ext-diff", "--no-color", "--binary", "--", *_CODE)
+    new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE)
+    if commit is None or changes is None or new is None:
+        return unknown | {"commit": None if commit is None else commit.decode().strip()}
+    digest = hashlib.sha256(changes)
+    for name in filter(None, new.split(b"\0")):
+        digest.update(name + b"\0" + (root / os.fsdecode(name)).read_bytes())
+    dirty = bool(changes or new)
+    return {
+        "commit": commit.decode().strip(), "dirty": dirty, "diff_sha256": digest.hexdigest()[:16] if dirty else None,
+    }  # fmt: skip
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
+    """What git prints; None where it is not there, refuses, or does not answer."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or a file system that does not answer
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

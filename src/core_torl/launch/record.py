@@ -18,6 +18,9 @@ from typing import Any
 from core_torl.config.errors import UserError
 
 NAME = "run.json"
+TAKE_OVER = "CORE_TORL_TAKE_OVER"  # set to 1: a run that another machine left as running was killed
+# What a run of each front door must have left behind to count as done.
+_PRODUCT = {"train": "results.json", "evaluate": "results.json"}
 
 
 def local_rank() -> int:
@@ -42,7 +45,10 @@ def write_json(path: Path, content: Any) -> None:
     """Write ``content`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
     os.replace(aside, path)
 
 
@@ -55,7 +61,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no JSON ({error}); move the folder away, or delete that file") from error
-    return found if isinstance(found, dict) and "attempts" in found else None
+    return found if isinstance(found, dict) and found.get("attempts") and "identity" in found else None
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------
@@ -105,8 +111,10 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     if record is None or record["identity"] != mark:
         return None
     state = state_of(record)
-    if state in ("completed", "running"):
-        return record if state == "completed" else None
+    if state == "completed":
+        return record if _has_product(folder, record) else None
+    if state == "running":
+        return None
     try:
         results = json.loads((folder / "results.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -117,6 +125,12 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     record["attempts"][-1]["state"] = "completed"
     write_json(folder / NAME, record)
     return record
+
+
+def _has_product(folder: Path, record: dict[str, Any]) -> bool:
+    if record["app"] == "warm_start":
+        return Path(record["config"]["output"]).exists()
+    return record["app"] not in _PRODUCT or (folder / _PRODUCT[record["app"]]).exists()
 
 
 # ---- the record of a run that goes on ----------------------------------------------------------------------------
@@ -152,21 +166,31 @@ def recorded(
         yield None
         return
     before = read_record(folder)
-    if before and before["state"] == "running" and before["attempts"][-1]["pid"] != os.getpid():
-        if is_alive(before["attempts"][-1]):
+    if before and before["state"] == "running":
+        last = before["attempts"][-1]
+        mine = last["host"] == socket.gethostname() and last["pid"] == os.getpid()
+        alive = False if mine else is_alive(last)
+        if alive or (alive is None and os.environ.get(TAKE_OVER) != "1"):
+            there = "" if alive else f" on {last['host']}"
+            fix = "" if alive else f" (if it is gone: {TAKE_OVER}=1)"
             raise UserError(
-                f"{folder}: process {before['attempts'][-1]['pid']} is at work in it; wait for it, stop it, or choose "
-                "another hydra.run.dir"
+                f"{folder}: process {last['pid']}{there} is at work in it; wait for it, stop it{fix}, or choose "
+                "another folder"
             )
-        before["attempts"][-1]["state"] = "killed"
+        last["state"] = "killed"
     attempts = before["attempts"] if before and before["identity"] == mark else []
     tracked = before.get("wandb_id") if attempts and before else None
     attempt = {"started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid(),
-               "birth": birth(os.getpid()), "state": "running"}  # fmt: skip
+               "birth": birth(os.getpid()), "state": "running", "commit": provenance.get("commit"),
+               "diff_sha256": provenance.get("diff_sha256")}  # fmt: skip
+    codes = {(a.get("commit"), a.get("diff_sha256")) for a in (*attempts, attempt)}
+    if len(codes) > 1:
+        print(f"core-torl: {folder} was begun by other code than goes on with it now", flush=True)
     said = {
         "app": app, "state": "running", "value": None, "error": None, "identity": mark,
         "overrides": provenance["overrides"], "choices": choices, "attempts": [*attempts, attempt],
-        "provenance": provenance | {"identity": mark}, "config": config, "wandb_id": tracked,
+        "provenance": provenance | {"identity": mark, "mixed_code": len(codes) > 1}, "config": config,
+        "wandb_id": tracked,
     }  # fmt: skip
     record = RunRecord(folder, said)
     write_json(folder / NAME, said)

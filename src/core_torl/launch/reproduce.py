@@ -22,7 +22,7 @@ KEY = "+reproduce="
 
 def replayed(arguments: Sequence[str], config_name: str) -> list[str]:
     """``arguments`` with ``+reproduce=RUN`` spelled out; unchanged without it. Raises UserError, one line."""
-    given = [a for a in arguments if a.startswith((KEY, KEY[1:]))]
+    given = [a for a in arguments if a.lstrip("+").startswith(KEY[1:])]
     if not given:
         return list(arguments)
     if len(given) > 1:
@@ -37,10 +37,13 @@ def replayed(arguments: Sequence[str], config_name: str) -> list[str]:
     words += ["--config-name", source["config_name"]]
     overrides = [o for o in said["overrides"] if _key(o) not in ("resume", "reproduces", "logger.group")]
     rest = [a for a in arguments if a not in given]
+    if {"-m", "--multirun"} & set(rest):
+        raise UserError("+reproduce repeats one run; leave -m out")
+    mended = _mended(said, words, overrides, folder)
     # `key=value` words of the user's: options such as --cfg are no overrides.
     own = {_key(a) for a in rest if not a.startswith("-") and "=" in a}
     overrides = [o for o in overrides if _key(o) not in own]
-    mended = _mended(said, words, overrides, own, folder)
+    mended = [o for o in mended if not any(_key(o) == k or _key(o).startswith(f"{k}.") for k in own)]
     return [*words, *overrides, *mended, f"reproduces={_text(str(folder.resolve()))}", "hydra.mode=RUN", *rest]
 
 
@@ -53,23 +56,26 @@ def _read(folder: Path, config_name: str) -> dict[str, Any]:
     return said
 
 
-def _mended(
-    said: dict[str, Any], words: Sequence[str], overrides: Sequence[str], own: set[str], folder: Path
-) -> list[str]:
-    """Overrides for the keys that the shipped files give another value than the run had."""
-    then, now = _leaves(said["config"]), _leaves(_composed(words, overrides, folder))
-    touched = {key for key in then.keys() | now.keys() if any(key == o or key.startswith(f"{o}.") for o in own)}
-    differing = [k for k in sorted(then) if k not in touched and k in now and then[k] != now[k]]
-    gone = [k for k in sorted(then) if k not in now and k not in touched]
-    if gone:
-        commit = said["provenance"]["commit"]
-        where = f"; check out commit {commit[:12]}" if commit else f"; install version {said['provenance']['version']}"
-        raise UserError(f"reproduce={folder}: there is no key {gone[0]} any more{where}")
-    return [f"{key}={_text(then[key])}" for key in differing]
+def _mended(said: dict[str, Any], words: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
+    """Overrides for the keys that the shipped files give another value than the run had.
+
+    Keys that are taken from other keys come last, and only where those do not set them right: one that is set here
+    would not follow an override that the user adds.
+    """
+    then, mended = _leaves(said["config"]), []
+    for derived in (False, True):
+        now, plain = _composed(words, [*overrides, *mended], folder)
+        if gone := [key for key in sorted(then) if key not in now]:
+            commit = said["provenance"]["commit"]
+            where = f"check out commit {commit[:12]}" if commit else f"install version {said['provenance']['version']}"
+            raise UserError(f"reproduce={folder}: there is no key {gone[0]} any more; {where}")
+        differing = [key for key in sorted(then) if then[key] != now[key]]
+        mended += [f"{key}={_text(then[key])}" for key in differing if derived or "${" not in str(plain[key])]
+    return mended
 
 
-def _composed(words: Sequence[str], overrides: Sequence[str], folder: Path) -> Any:
-    """The config that ``words`` and ``overrides`` give today, resolved."""
+def _composed(words: Sequence[str], overrides: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of the config that ``words`` and ``overrides`` give today, resolved and as they are written."""
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
@@ -92,10 +98,20 @@ def _composed(words: Sequence[str], overrides: Sequence[str], folder: Path) -> A
         found.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(found)
         task = OmegaConf.masked_copy(found, [str(k) for k in found if k != "hydra"])
-        tree: Any = OmegaConf.to_container(task, resolve=True)
-        return tree
+        resolved, written = (OmegaConf.to_container(task, resolve=resolve) for resolve in (True, False))
+        now = _leaves(resolved)
+        return now, {key: _at(written, key) for key in now}
     finally:
         GlobalHydra.instance().clear()
+
+
+def _at(tree: Any, path: str) -> Any:
+    """What is written at ``path``, or above it where a whole branch is taken from elsewhere."""
+    for key in path.split("."):
+        if not isinstance(tree, dict):
+            return tree
+        tree = tree[key]
+    return tree
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """An Optuna search that was stopped goes on: its trials are in the storage, and only what is missing is run.
 
 The sweeper alone would run all of ``n_trials`` again, and with a seeded sampler the same points first. So, before it
-starts, the trials that stand in the storage are taken off ``n_trials``, the sampler's seed moves on by as many, and
-trials that a killed process left open are closed.
+starts, the trials that are done are taken off ``n_trials``, and the sampler's seed moves on by all that were drawn. A
+trial that a killed command left open is closed and asked for once more, at its own point: its job is then found done,
+or goes on from its checkpoint. The caller holds the sweep's lock, so that no open trial belongs to a living command.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ def continue_search(config: DictConfig) -> None:
     storage = str(sweeper.storage)
     if storage.startswith("sqlite:///"):  # SQLite makes the file and not its folder
         Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    done = _settle(str(sweeper.study_name), storage)
-    if not done:
+    done, drawn = _settle(str(sweeper.study_name), storage)
+    if not drawn:
         return
     with read_write(config.hydra), open_dict(sweeper):
         left = max(0, int(sweeper.n_trials) - done)
-        log.info(f"{done} trials of study {sweeper.study_name} are in {storage}; {left} are left to run")
+        log.info(f"{done} trials of study {sweeper.study_name} in {storage} are done; {left} are left to run")
         sweeper.n_trials = left
         if OmegaConf.select(sweeper, "sampler.seed") is not None:
-            sweeper.sampler.seed = int(sweeper.sampler.seed) + done
+            sweeper.sampler.seed = int(sweeper.sampler.seed) + drawn
 
 
-def _settle(study_name: str, storage: str) -> int:
-    """How many trials of the study are done; those that are open have no process any more and are closed as failed."""
+def _settle(study_name: str, storage: str) -> tuple[int, int]:
+    """How many trials of the study are done, and how many were drawn; open ones are closed and put in line again."""
     import optuna
     from optuna.trial import TrialState
 
     try:
         study = optuna.load_study(study_name=study_name, storage=storage)
     except KeyError:  # no such study yet
-        return 0
+        return 0, 0
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
-        if trial.state in (TrialState.RUNNING, TrialState.WAITING):
+        if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-    return sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+            if trial.params:
+                study.enqueue_trial(trial.params)
+    return sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials), len(trials)

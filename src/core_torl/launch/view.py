@@ -22,19 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from core_torl.config.checks import check_watch
-from core_torl.launch.view_state import (
-    BAD,
-    COMPLETED,
-    DONE,
-    PENDING,
-    RUNNING,
-    UNKNOWN,
-    JobView,
-    SweepView,
-    duration,
-    newest_sweep,
-    read_sweep,
-)
+from core_torl.launch.view_jobs import BAD, COMPLETED, DONE, PENDING, RUNNING, UNKNOWN, JobView, duration
+from core_torl.launch.view_state import SweepView, newest_sweep, read_sweep
 
 STYLES = {RUNNING: "bold", COMPLETED: "#56b4e9", **dict.fromkeys(BAD, "bold #e69f00"), UNKNOWN: "#e69f00"}
 WIDE = 120  # columns from which on everything is shown
@@ -47,11 +36,19 @@ INTERRUPTED = 130  # exit code of a command that ended with Ctrl-C
 
 
 def summary(view: SweepView) -> str:
-    """``smoke: 4 of 12 done, 1 failed, 2 running, 5 pending, ETA 12 min``."""
-    parts = [f"{view.count(*DONE)} of {len(view.jobs)} done"]
-    parts += [f"{n} {state}" for state in (*BAD, UNKNOWN, RUNNING, PENDING) if (n := view.count(state))]
+    """``smoke: 4 of 12 done, 1 failed, 2 running, 5 pending, ETA 12 min; of former commands: 3 done``."""
+    parts = [f"{view.count(*DONE)} of {len(view.own) + view.to_come} done"]
+    counts = {state: view.count(state) for state in (*BAD, UNKNOWN, RUNNING, PENDING)}
+    counts[PENDING] += view.to_come
+    parts += [f"{n} {state}" for state, n in counts.items() if n]
     parts += [f"ETA {duration(view.eta_s)}"] if view.eta_s is not None else []
-    return f"{view.name}: {', '.join(parts)}" + (f" ({view.note})" if view.note else "")
+    former = {"done": view.count(*DONE, former=True)} | {state: view.count(state, former=True) for state in BAD}
+    before = ", ".join(f"{n} {state}" for state, n in former.items() if n)
+    return (
+        f"{view.name}: {', '.join(parts)}"
+        + (f"; of former commands: {before}" if before else "")
+        + (f" ({view.note})" if view.note else "")
+    )
 
 
 @dataclass(frozen=True)
@@ -77,17 +74,29 @@ def render(view: SweepView, rows: int | None = None) -> RenderableType:
 
 
 def chosen(jobs: Sequence[JobView], rows: int | None) -> list[JobView]:
-    """As many as fit ``rows`` lines, in their order: what runs, then what went wrong, what ended last, what is next."""
+    """As many as fit ``rows`` lines, in their order: what runs, then what went wrong, what ended last, what is next.
+
+    Jobs of former commands come last.
+    """
     first = {RUNNING: 0, **dict.fromkeys(BAD, 1), UNKNOWN: 1, **dict.fromkeys(DONE, 2), PENDING: 3}
-    ranked = sorted(jobs, key=lambda job: (first[job.state], job.number if job.state == PENDING else -job.number))
+    places = range(len(jobs))
+    ranked = sorted(
+        places,
+        key=lambda k: (
+            jobs[k].former, first[jobs[k].state], jobs[k].number if jobs[k].state == PENDING else -jobs[k].number
+        ),
+    )  # fmt: skip
     # A note takes a line of its own.
-    lines = itertools.accumulate(1 + bool(job.note) for job in ranked)
-    kept = {job.folder for job, line in zip(ranked, lines, strict=True) if rows is None or line <= rows}
-    return [job for job in jobs if job.folder in kept]
+    lines = itertools.accumulate(1 + bool(jobs[k].note) for k in ranked)
+    kept = {k for k, line in zip(ranked, lines, strict=True) if rows is None or line <= rows}
+    return [jobs[k] for k in places if k in kept]
 
 
 def _table(jobs: Sequence[JobView], wide: bool) -> Table:
-    """Eight columns that fit 80 characters; where there is room, seconds a step as well."""
+    """Eight columns that fit 80 characters; where there is room, seconds a step as well.
+
+    Where no step passes, the phase (starting, evaluating) stands in their place, or in that of the state.
+    """
     ratios = {job.ratio[0] for job in jobs if job.ratio is not None}
     names = "/".join(RATIOS[name] for name in sorted(ratios)) or "trigger"
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -99,10 +108,10 @@ def _table(jobs: Sequence[JobView], wide: bool) -> Table:
     for job in jobs:
         cells = [
             Text(str(job.number)), Text(job.label, no_wrap=True, overflow="ellipsis"),
-            Text(job.state, style=STYLES.get(job.state, "dim")), Text(_steps(job)),
+            Text(job.state if wide else job.phase or job.state, style=STYLES.get(job.state, "dim")), Text(_steps(job)),
             Text(_number(job.reward, ".3f")), Text(_number(job.accuracy, ".1%")),
             Text(_number(job.ratio[1] if job.ratio else None, ".0%")),
-            *([Text(_number(job.step_s, ".2f"))] if wide else []),
+            *([Text(job.phase or _number(job.step_s, ".2f"))] if wide else []),
             Text("" if job.eta_s is None else duration(job.eta_s)),
         ]  # fmt: skip
         table.add_row(*cells)
@@ -132,7 +141,7 @@ class _Screen:
     def __init__(self, console: Console):
         self.console = console
         self._live: Live | None = None
-        self._states: dict[int, str] | None = None
+        self._states: dict[tuple[int, Path], str] | None = None
 
     def __enter__(self) -> _Screen:
         if self.console.is_terminal:
@@ -150,10 +159,11 @@ class _Screen:
             # A line each for summary, head, what is left out, and the cursor.
             self._live.update(render(view, rows=max(1, self.console.height - 4)), refresh=True)
             return
-        states = {job.number: job.state for job in view.jobs}
+        # Jobs of two commands may have the same number, and two equal jobs of one command share a folder.
+        states = {(job.number, job.folder): job.state for job in view.jobs}
         if states != self._states:
             before, self._states = self._states or {}, states
-            news = [job for job in view.jobs if job.state in BAD and before.get(job.number) != job.state]
+            news = [job for job in view.own if job.state in BAD and before.get((job.number, job.folder)) != job.state]
             line = "; ".join([summary(view), *(f"job {job.number} {job.state}: {job.note}" for job in news)])
             self.console.print(Text(line), soft_wrap=True)  # a line of a log is never folded
 
@@ -219,5 +229,5 @@ def watch(cfg: DictConfig) -> int:
 
 
 def exit_code(view: SweepView) -> int:
-    """1 if a job went wrong, or if the sweep is over and not all of it is done; else 0."""
-    return int(view.count(*BAD) > 0 or (view.ended and view.count(*DONE) < len(view.jobs)))
+    """1 if a job of the last command went wrong, or if the sweep is over and not all of it is done; else 0."""
+    return int(view.count(*BAD) > 0 or (view.ended and view.count(*DONE) < len(view.own) + view.to_come))

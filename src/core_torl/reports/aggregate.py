@@ -5,6 +5,9 @@ that is not finished has its row too, and no number that could be averaged. Rows
 that neither the name of a folder nor the order in which jobs ended can be seen in them. A run that is killed and
 resumed ends with the same numbers as one that was not; only clocks and places differ, which ``is_clock`` names, and
 ``same_results`` compares everything else.
+
+What hundreds of runs have logged does not fit into memory. ``gathered`` reads each run once, writes its curves down at
+once, and keeps what pictures and tables need.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core_torl.reports.finished import COMPLETED, Run, flat
-from core_torl.reports.histories import Histories, places_of
+from core_torl.reports.histories import Kept, places_of, read_each
 from core_torl.tracking.curves import AXES
 from core_torl.tracking.metrics import SECOND, STEP, find
 
@@ -50,61 +57,94 @@ def is_clock(column: str) -> bool:
 # ---- the tables --------------------------------------------------------------------------------------------------
 
 
-def aggregate(runs: Sequence[Run], histories: Histories, sources: Sequence[str]) -> pa.Table:
-    """A row for each of ``runs``. Numbers of a config key are typed where all rows agree; other values are JSON text.
+@dataclass(frozen=True)
+class Gathered:
+    """All runs and what they logged: ``table`` has a row for each, ``histories`` some metrics of each."""
 
-    Of an unfinished run ``last/train/...`` says how far it came.
+    table: pa.Table
+    histories: Kept
+    curves: Path
+
+    def write(self, output: Path) -> None:
+        """Write both tables into ``output``, each whole or not at all."""
+        from pyarrow import parquet
+
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (RUNS, CURVES):
+            part = output / f"{name}.part"
+            if name == RUNS:
+                parquet.write_table(self.table, part)
+            else:
+                shutil.copyfile(self.curves, part)
+            os.replace(part, output / name)
+
+
+@contextmanager
+def gathered(
+    runs: Sequence[Run], sources: Sequence[str], metrics: Iterable[str], notes: list[str]
+) -> Iterator[Gathered]:
+    """Read all ``runs``; ``metrics`` are those to keep of what they logged. Nothing is written but a temporary file.
+
+    Of an unfinished run ``last/train/...`` says how far it came. ``notes`` grows by the runs that have no curves.
     """
+    from pyarrow import parquet
+
+    pairs = [(_row(run, name), run) for run, name in zip(runs, names(runs, sources), strict=True)]
+    columns = _columns([row for row, _ in pairs])
+    order = [c for c in columns if c.startswith(("group/", "config/")) and not is_clock(c) and c != "config/seed"]
+    pairs.sort(key=lambda pair: _place(pair[0], order))
+    names_of = {run.folder: row["run"] for row, run in pairs}
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / CURVES
+        with parquet.ParquetWriter(path, _curves_schema()) as writer:
+            histories = read_each(
+                (run for _, run in pairs), metrics, notes,
+                lambda run, rows: writer.write_table(_curves(names_of[run.folder], rows)),
+            )  # fmt: skip
+        for row, run in pairs:
+            if run.state != COMPLETED:
+                last = histories.last.get(run.folder, {})
+                row |= {f"last/{k}": v for k, v in last.items() if k.startswith("train/")}
+        yield Gathered(_table([row for row, _ in pairs]), histories, path)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Numbers of a config key are typed where all rows agree; other values are JSON text."""
     import pyarrow as pa
 
-    rows = [
-        _row(run, histories.get(run.folder, ()), name) for run, name in zip(runs, names(runs, sources), strict=True)
-    ]
-    columns = _columns(rows)
-    order = [c for c in columns if c.startswith(("group/", "config/")) and not is_clock(c) and c != "config/seed"]
-    rows.sort(key=lambda row: _place(row, order))
     kinds: dict[str, type] = {"run": str, "folder": str, "state": str, "why": str, "seed": int, "objective": float}
     kinds |= {f"compute/{k}": kind for k, kind in _COMPUTE.items()}
     kinds |= {f"provenance/{k}": kind for k, kind in _PROVENANCE.items()}
-    return pa.table({name: _column([row.get(name) for row in rows], kinds.get(name)) for name in columns})
+    return pa.table({name: _column([row.get(name) for row in rows], kinds.get(name)) for name in _columns(rows)})
 
 
-def curves(runs: Sequence[Run], histories: Histories, table: pa.Table) -> pa.Table:
-    """Every logged number: run, rl_step, samples, sampled_tokens, metric, value; runs as in ``table``, then by step."""
+def _curves_schema() -> pa.Schema:
     import pyarrow as pa
 
-    by_name = {run.name: run for run in runs}
-    columns: dict[str, list[Any]] = {k: [] for k in ("run", *AXES, "metric", "value")}
-    for name, folder in zip(table["run"].to_pylist(), table["folder"].to_pylist(), strict=True):
-        rows = histories.get(by_name[folder].folder, ())
-        axes = {axis: places_of(rows, axis) for axis in AXES}
-        steps: dict[int, dict[str, float]] = {}
-        for row in rows:
-            if STEP in row:
-                steps.setdefault(int(row[STEP]), {}).update({k: v for k, v in row.items() if k not in AXES.values()})
-        for step, values in sorted(steps.items()):
-            for metric, value in sorted(values.items()):
-                if isinstance(value, int | float):
-                    columns["run"].append(name)
-                    for axis, places in axes.items():
-                        columns[axis].append(int(places[step]) if step in places else None)
-                    columns["metric"].append(metric)
-                    columns["value"].append(float(value))
-    kinds = {"run": pa.string(), "metric": pa.string(), "value": pa.float64()} | dict.fromkeys(AXES, pa.int64())
-    return pa.table({k: pa.array(v, kinds[k]) for k, v in columns.items()})
+    kinds = dict.fromkeys(("run", *AXES, "metric", "value"), pa.int64())
+    return pa.schema(kinds | {"run": pa.string(), "metric": pa.string(), "value": pa.float64()})
 
 
-def write(runs: Sequence[Run], histories: Histories, sources: Sequence[str], output: Path) -> pa.Table:
-    """Write both tables into ``output``, each whole or not at all; returns the first."""
-    from pyarrow import parquet
+def _curves(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Every number that a run has logged, by step: run, rl_step, samples, sampled_tokens, metric, value."""
+    import pyarrow as pa
 
-    table = aggregate(runs, histories, sources)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, one in ((RUNS, table), (CURVES, curves(runs, histories, table))):
-        part = output / f"{name}.part"
-        parquet.write_table(one, part)
-        os.replace(part, output / name)
-    return table
+    schema = _curves_schema()
+    columns: dict[str, list[Any]] = {k: [] for k in schema.names}
+    axes = {axis: places_of(rows, axis) for axis in AXES}
+    steps: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if STEP in row:
+            steps.setdefault(int(row[STEP]), {}).update({k: v for k, v in row.items() if k not in AXES.values()})
+    for step, values in sorted(steps.items()):
+        for metric, value in sorted(values.items()):
+            if isinstance(value, int | float):
+                columns["run"].append(name)
+                for axis, places in axes.items():
+                    columns[axis].append(int(places[step]) if step in places else None)
+                columns["metric"].append(metric)
+                columns["value"].append(float(value))
+    return pa.table(columns, schema)
 
 
 def names(runs: Sequence[Run], sources: Sequence[str]) -> list[str]:
@@ -115,7 +155,7 @@ def names(runs: Sequence[Run], sources: Sequence[str]) -> list[str]:
     return [run.folder.resolve().name if name == "." else name for run, name in zip(runs, found, strict=True)]
 
 
-def _row(run: Run, history: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def _row(run: Run, name: str) -> dict[str, Any]:
     results, done = run.results, run.state == COMPLETED
     made = results.get("provenance") or run.record.get("provenance") or {}
     cost = {"attempts": len(run.record.get("attempts") or ()) or None, **(results.get("compute") or {})}
@@ -128,8 +168,7 @@ def _row(run: Run, history: Sequence[Mapping[str, Any]], name: str) -> dict[str,
     for section, column in (("before", "before"), ("after", "after"), ("gains", "gain")):
         for label, one in (results.get(section) or {}).items() if done else ():
             row |= {f"{column}/{label}{end}": one[k] for end, k in (("", "value"), ("_low", "low"), ("_high", "high"))}
-    last = results.get("last") or {} if done else next((r for r in reversed(history) if AXES["samples"] in r), {})
-    row |= {f"last/{k}": v for k, v in last.items() if done or k.startswith("train/")}
+    row |= {f"last/{k}": v for k, v in (results.get("last") or {}).items() if done}
     row["objective"] = results.get("objective") if done else None
     row |= {f"compute/{k}": json.dumps(v) if isinstance(v := cost.get(k), list) else v for k in _COMPUTE}
     row |= {f"provenance/{k}": made.get(k) for k in _PROVENANCE}

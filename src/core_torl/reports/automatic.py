@@ -6,12 +6,13 @@ one that only follows from it, and a config group before the keys that its optio
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from core_torl.config.errors import UserError
-from core_torl.reports.finished import NO_RECIPE, Group, Run, by_value, flat
+from core_torl.reports.finished import Group, Run, by_value, flat, is_recipe, sort_key
 from core_torl.tracking.comparison_table import PRIMED
 
 AUTO = "auto"
@@ -64,15 +65,30 @@ def _differing(runs: Sequence[Run], groups: bool) -> dict[str, Partition]:
         names = {g for run in runs for g in run.choices if not g.startswith(_NO_RECIPE_GROUPS)}
         values = lambda run: {g: by_value(run, g) for g in names if g in run.choices}  # noqa: E731
     else:
-        names = {k for run in runs for k in flat(run) if not k.startswith(NO_RECIPE)}
+        names = {k for run in runs for k in flat(run) if is_recipe(k)}
         values = flat
     every = [values(run) for run in runs]
+    keys = {} if not groups else {k for run in runs for k in flat(run)}
     found = {}
     for name in sorted(names):
-        texts = [json.dumps(own.get(name), sort_keys=True, default=str) for own in every]
-        if len(set(texts)) > 1:
+        texts = [json.dumps(_number(own.get(name)), sort_keys=True, default=str) for own in every]
+        if len(set(texts)) > 1 and not (groups and _only_faster(runs, name, keys)):
             found[name] = _numbered(texts)
     return found
+
+
+def _number(value: Any) -> Any:
+    """1 and 1.0 are one value, true is none of them."""
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _only_faster(runs: Sequence[Run], group: str, keys: Iterable[str]) -> bool:
+    """Whether the options of a config group differ in nothing but keys that do not change what a run learns."""
+    own = [key for key in keys if key.startswith(f"{group}.")]
+    differ = [key for key in own if any(flat(run).get(key) != flat(runs[0]).get(key) for run in runs)]
+    return bool(differ) and not any(map(is_recipe, differ))
 
 
 def _join(count: int, parts: Iterable[Partition]) -> Partition:
@@ -111,8 +127,24 @@ def choose_sets(runs: Sequence[Run], decoding: str) -> list[str]:
     return found
 
 
-def choose_headline(runs: Sequence[Run], sets: Sequence[str], decoding: str) -> str:
-    """Robust accuracy on the first set that all runs have, accuracy where that has none."""
+def find_sets(runs: Sequence[Run], decoding: str, names: Sequence[str]) -> list[str]:
+    """``names`` with each that has a star replaced by the test sets that match it, none of them where none does."""
+    there = sorted({r["set"] for run in runs for r in _rows(run) if r["decoding"] == decoding}, key=sort_key)
+    found = [match for name in names for match in (fnmatch.filter(there, name) if "*" in name else [name])]
+    if not found:
+        raise UserError(f"sets={list(names)}: no run has such a test set. There are: {', '.join(there)}")
+    return list(dict.fromkeys(found))
+
+
+def choose_headline(runs: Sequence[Run], sets: Sequence[str], decoding: str, wanted: str | None = None) -> str:
+    """``wanted``, which with a question mark is only a wish: that all runs have it.
+
+    Otherwise robust accuracy on the first set that all runs have, accuracy where that has none.
+    """
+    if wanted is not None:
+        label = wanted.removesuffix("?")
+        if label == wanted or all(run.concepts(label) for run in runs):
+            return label
     for name in sets:
         for measure in ("robust_accuracy", "accuracy"):
             label = f"{name}/{decoding}/{measure}"
@@ -121,24 +153,53 @@ def choose_headline(runs: Sequence[Run], sets: Sequence[str], decoding: str) -> 
     return f"{sets[0]}/{decoding}/accuracy"
 
 
-def choose_baseline(groups: Sequence[Group], headline: str) -> str | None:
-    """The one cell that the others are naturally compared with; None where there is none, or more than one.
+def choose_baselines(groups: Sequence[Group], headline: str) -> dict[str, str]:
+    """Label of a cell -> the cell that it is naturally compared with; {} where there is none, or more than one.
 
-    That is the experiment called base, else CORE-Base, else the lowest budget of tool calls.
+    That is the experiment called base, else CORE-Base, else the lowest budget of tool calls. Where several cells are
+    one, as with two models under each experiment, each cell has the one with its own other values of ``by``.
     """
     if len(groups) < 2:
-        return None
+        return {}
     budgets = {one.label: {by_value(run, _BUDGET) for run in one.runs.values()} for one in groups}
     known = {b for own in budgets.values() for b in own if isinstance(b, int)}
-    for fits in (
-        lambda one: all(str(by_value(run, "experiment")).endswith("/base") for run in one.runs.values()),
-        lambda one: all(by_value(run, "variant") == "core_base" for run in one.runs.values()),
-        lambda one: len(known) > 1 and budgets[one.label] == {min(known)},
+    for names, fits in (
+        (("experiment",), lambda one: all(str(by_value(r, "experiment")).endswith("/base") for r in one.runs.values())),
+        (("variant",), lambda one: all(by_value(r, "variant") == "core_base" for r in one.runs.values())),
+        (
+            (_BUDGET, "tool.call_budget"),
+            lambda one: len(known) > 1 and budgets[one.label] == {min(known)},
+        ),
     ):
         found = [one for one in groups if fits(one)]
         if len(found) == 1 and _comparable(found[0], groups, headline):
-            return found[0].label
-    return None
+            return {one.label: found[0].label for one in groups if one is not found[0]}
+        if len(found) > 1 and (pairs := _within(groups, found, names, headline)):
+            return pairs
+    return {}
+
+
+def _within(groups: Sequence[Group], bases: Sequence[Group], names: Sequence[str], headline: str) -> dict[str, str]:
+    """Each cell with the one base that has its values of ``by`` but for ``names``; {} where one has none or two."""
+    pairs = {}
+    for one in groups:
+        if one in bases:
+            continue
+        rest = {name: value for name, value in one.by.items() if name not in names}
+        own = [base for base in bases if all(base.by[name] == value for name, value in rest.items())]
+        if len(own) != 1 or not _comparable(own[0], [one], headline):
+            return {}
+        pairs[one.label] = own[0].label
+    return pairs
+
+
+def no_baseline(groups: Sequence[Group]) -> str:
+    """The note of a report that was to choose a baseline and found none."""
+    return (
+        "No baseline was chosen, because no one cell is an experiment called base, CORE-Base or the lowest tool-call "
+        "budget and shares seeds and concepts with every other cell: set baseline=LABEL. Cells: "
+        f"{', '.join(one.label for one in groups)}."
+    )
 
 
 def _comparable(base: Group, groups: Sequence[Group], headline: str) -> bool:

@@ -1,7 +1,7 @@
 """The pictures of a comparison, drawn from its numbers: each as a PNG and as an SVG.
 
-``comparison`` is always drawn, ``line`` where there is an ``x``, ``curves`` where metrics were named. A cell has one
-colour in all of them.
+``comparison`` is always drawn, ``line`` where there is an ``x``, ``retained`` where test sets have distractors, ``curves``
+where metrics were named. A cell has one colour in all of them but ``line``, whose lines are not cells.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from core_torl.tracking.comparison_figures import (
     CellPicture,
     best_cells,
     comparison_figure,
+    curve_cells,
     curve_colours,
     line_figure,
+    retained_figure,
+    together,
 )
-from core_torl.tracking.comparison_table import measure_name
+from core_torl.tracking.comparison_table import distracted, measure_name
 from core_torl.tracking.curves import AXIS_WORDS, Line, curves_figure, line_colours, write_numbers
+from core_torl.tracking.metrics import STEP
 
 Lines = Mapping[str, Sequence[tuple[float, Estimate]]]
 
@@ -34,9 +38,9 @@ def picture(one: Group, cell: Mapping[str, Any], headline: str, kept: str, histo
     """What the figure shows of a cell; a run without ``metrics.jsonl`` has no curve."""
     curves = []
     for run in one.runs.values():
-        points = [
-            (row.get("train/sampled_tokens"), row.get("reward/accuracy")) for row in histories.get(run.folder, [])
-        ]
+        # A step that was repeated after a restart counts as it was logged last.
+        rows = {row.get(STEP, -1 - i): row for i, row in enumerate(histories.get(run.folder, []))}
+        points = [(row.get("train/sampled_tokens"), row.get("reward/accuracy")) for row in rows.values()]
         curves.append([(float(x), float(y)) for x, y in points if x is not None and y is not None and math.isfinite(y)])
     return CellPicture(
         label=cell["label"],
@@ -60,6 +64,29 @@ def cell_colours(
         rest = ", ".join(cell.label for cell in having if cell.label not in drawn)
         notes.append(f"curves.png: the {len(drawn)} cells that can be told apart; only in curves.csv: {rest}.")
     return line_colours(drawn, curve_colours(pictures, baseline))
+
+
+def apart(pictures: Sequence[CellPicture], baseline: str | None) -> list[str]:
+    """A note for each cell whose seeds cannot be averaged in ``comparison.png``."""
+    return [
+        f"comparison.png: the seeds of {cell.label} have no stretch of sampled tokens in common, and are drawn by "
+        "themselves as thin lines."
+        for cell in curve_cells(pictures, baseline)
+        if together(cell.curves) is None
+    ]
+
+
+def retained_over(comparison: Mapping[str, Any], cells: Sequence[str]) -> Mapping[str, Lines]:
+    """Test set -> cell -> (K, share still solved with K distractors), of the sets that the table has."""
+    found: dict[str, dict[str, list[tuple[float, Estimate]]]] = {}
+    for name in comparison["sets"]:
+        if (parts := distracted(name)) is None:
+            continue
+        for cell in comparison["cells"]:
+            estimate = cell["after"].get(f"{name}/{comparison['decoding']}/retained")
+            if estimate is not None and cell["label"] in cells:
+                found.setdefault(parts[0], {}).setdefault(cell["label"], []).append((parts[1], estimate))
+    return found
 
 
 def lines_over(
@@ -88,6 +115,13 @@ def draw(
     if lines:
         line_figure(lines, output / "line.png", title, cfg.x, headline, confidence)
         found[f"{headline} after training against {cfg.x}"] = output / "line.svg"
+    best = [cell.label for cell in best_cells(pictures, comparison["baseline"])]
+    if retained := retained_over(comparison, best):
+        cells = line_colours(best, curve_colours(pictures, comparison["baseline"]))
+        if len(best) < len(pictures):
+            comparison["notes"].append(f"retained.png: {len(best)} of {len(pictures)} cells, as in comparison.png.")
+        retained_figure(retained, output / "retained.png", title, cells, confidence)
+        found["what is still solved with irrelevant concepts before the question"] = output / "retained.svg"
     if "curves" in comparison:
         metrics, axis = comparison["curves"]["metrics"], cfg.curves_axis
         write_numbers(curves, output / "curves.csv", axis)

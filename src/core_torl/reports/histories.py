@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ import numpy as np
 
 from core_torl.config.errors import UserError
 from core_torl.evaluation.statistics import Estimate, t_mean
-from core_torl.reports.finished import Group, Run
+from core_torl.reports.finished import COMPLETED, Group, Run
 from core_torl.tracking.curves import AXES, BAND_FROM, Line
 from core_torl.tracking.figures import series
 from core_torl.tracking.metrics import NAT, SHARE, STEP, find
 
 Histories = Mapping[Path, Sequence[Mapping[str, Any]]]  # folder of a run -> its logged rows
+
+Rows = Sequence[Mapping[str, Any]]
+# What is kept of each row, asked for or not: the axes, what comparison.png draws, and the seconds that a step took.
+_ALWAYS = (*AXES.values(), "reward/accuracy", "time/step_s")
 
 GRID = 200  # points of a mean over another axis than RL steps
 
@@ -37,27 +41,49 @@ _SIGNED = (NAT, "nat/token", "reward")  # units of numbers that may be negative
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_histories(groups: Sequence[Group], notes: list[str]) -> Histories:
-    """The rows of every run; a run without ``metrics.jsonl`` is missing, and a note says so."""
-    runs = [run for one in groups for run in one.runs.values()]
-    found = read_rows(runs)
-    notes += [
-        f"{run.name} has no metrics.jsonl: its learning curve is missing." for run in runs if run.folder not in found
-    ]
-    return found
+class Kept(dict[Path, list[dict[str, Any]]]):
+    """Folder of a run -> its logged rows with some of their metrics only: all of them may be gigabytes.
+
+    ``names`` are all metrics that some run has a finite number for; ``last`` has for each run its last whole row of a
+    training step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.last: dict[Path, dict[str, Any]] = {}
 
 
-def read_rows(runs: Sequence[Run]) -> dict[Path, list[dict[str, Any]]]:
-    """The logged rows of each run by its folder; runs without a file of them are missing. UserError: a broken file."""
-    found = {}
+def read_each(
+    runs: Iterable[Run], metrics: Iterable[str], notes: list[str], take: Callable[[Run, Rows], None] | None = None
+) -> Kept:
+    """Read the rows of each run once, hand them whole to ``take``, and keep ``metrics`` and the axes of them.
+
+    A run without rows, or with rows that cannot be read, is missing; a note says so of a finished one, and of any that
+    is broken.
+    """
+    kept = Kept()
+    wanted = dict.fromkeys([*_ALWAYS, *metrics])
     for run in runs:
         try:
-            found[run.folder] = run.rows()
+            rows = run.rows()
         except FileNotFoundError:
+            if run.state == COMPLETED:
+                notes.append(f"{run.name} has no metrics.jsonl: its learning curve is missing.")
             continue
         except ValueError as error:
-            raise UserError(str(error)) from error
-    return found
+            if isinstance(error, UserError):  # a server that fails
+                raise
+            broken = str(error).removeprefix(f"{run.folder}/")
+            notes.append(f"{run.name}: broken, its learning curve is missing ({broken}).")
+            continue
+        if take is not None:
+            take(run, rows)
+        # The names as they are in `wanted`: each row has read its own.
+        kept[run.folder] = [{name: row[name] for name in wanted if name in row} for row in rows]
+        kept.names |= _finite(rows)
+        kept.last[run.folder] = next((row for row in reversed(rows) if AXES["samples"] in row), {})
+    return kept
 
 
 def present(key: str, names: Sequence[str], histories: Histories) -> list[str]:
@@ -73,7 +99,12 @@ def present(key: str, names: Sequence[str], histories: Histories) -> list[str]:
 
 def logged(histories: Histories) -> set[str]:
     """The metrics that some run has a finite number for."""
-    rows = (row for own in histories.values() for row in own)
+    if isinstance(histories, Kept):
+        return histories.names
+    return _finite(row for own in histories.values() for row in own)
+
+
+def _finite(rows: Iterable[Mapping[str, Any]]) -> set[str]:
     return {k for row in rows for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)} - {STEP}
 
 

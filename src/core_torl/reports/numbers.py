@@ -14,22 +14,33 @@ from typing import Any
 from core_torl.config.errors import UserError
 from core_torl.evaluation.comparison import Cell, cell_mean, holm_of_known, paired, share
 from core_torl.evaluation.statistics import Estimate
-from core_torl.reports.finished import Group
+from core_torl.reports.finished import Group, speed_differences
+from core_torl.tracking.comparison_table import measures
 
 MASTERED = "mastered"  # the test set of what the model could do before
 
 
 def compare(
-    groups: Sequence[Group], headline: str, sets: Sequence[str], decoding: str, baseline: str | None,
-    confidence: float, seed: int,
+    groups: Sequence[Group], headline: str, sets: Sequence[str], decoding: str,
+    baseline: str | Mapping[str, str] | None, confidence: float, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """All numbers of the comparison, estimates as ``Estimate``; ``notes`` says what a reader would not expect."""
-    labels = [headline, *(f"{s}/{decoding}/{m}" for s in sets for m in ("accuracy", "robust_accuracy"))]
-    labels = list(dict.fromkeys(labels))
-    reference = next((g.cell(headline) for g in groups if g.label == baseline), None)
-    notes: list[str] = []
+    """All numbers of the comparison, estimates as ``Estimate``; ``notes`` says what a reader would not expect.
+
+    ``baseline`` is the label of the cell that all others are compared with, or says that for each cell. A group
+    without runs is named under ``empty`` and has no numbers.
+    """
+    labels = list(dict.fromkeys([headline, *(label for name in sets for label in measures(name, decoding))]))
+    empty = [{"label": one.label, "seeds": one.seeds_text} for one in groups if not one.runs]
+    groups = [one for one in groups if one.runs]
+    pairs = {one.label: baseline for one in groups if one.label != baseline} if isinstance(baseline, str) else baseline
+    pairs = pairs or {}
+    references = {one.label: one.cell(headline) for one in groups if one.label in pairs.values()}
+    notes = [note for one in groups if (note := _speed(one))]
+    if (other := _seeds(groups)) is not None:
+        notes.append(other)
     cells = []
     for one in groups:
+        base = pairs.get(one.label)
         after = {label: cell_mean(c, confidence, seed) for label in labels if (c := one.cell(label))}
         before = {label: e for label in labels if (e := _before(one, label, confidence, seed))}
         kept = f"{MASTERED}/{decoding}/accuracy"
@@ -37,15 +48,18 @@ def compare(
         if few:
             notes.append(f"{one.label}: some test sets are those of {min(few)} of its {len(one.runs)} runs only.")
         tokens = [run.tokens for run in one.runs.values() if run.tokens is not None]
+        if 0 < len(tokens) < len(one.runs):
+            notes.append(f"{one.label}: tokens are those of {len(tokens)} of its {len(one.runs)} runs only.")
         cells.append({
-            "label": one.label, "by": one.by, "seeds": sorted(one.runs),
+            "label": one.label, "by": one.by, "seeds": sorted(one.runs), "seeds_text": one.seeds_text,
             "rl_steps": sum(run.steps for run in one.runs.values()) / len(one.runs),
             "sampled_tokens": sum(tokens) / len(tokens) if tokens else None,
             "before": before, "after": after,
             "retention": after[kept].value / before[kept].value
             if kept in after and kept in before and before[kept].value > 0 else None,
-            "paired": None if reference is None or one.label == baseline
-            else _paired(one, reference, headline, baseline, confidence, seed, notes),
+            "baseline": base,
+            "paired": None if base is None
+            else _paired(one, references[base], headline, base, confidence, seed, notes),
             "runs": [
                 {"folder": run.name, "seed": s, "rl_steps": run.steps, "sampled_tokens": run.tokens,
                  "headline": share(run.concepts(headline))}
@@ -57,9 +71,32 @@ def compare(
         next(c for c in compared if c["label"] == name)["paired"]["p_holm"] = p
     notes += [note for label in labels if (note := _weights(groups, label))]
     return {
-        "headline": headline, "sets": list(sets), "decoding": decoding, "baseline": baseline, "confidence": confidence,
-        "seed": seed, "cells": cells, "notes": notes,
+        "headline": headline, "sets": list(sets), "decoding": decoding,
+        "baseline": baseline if isinstance(baseline, str) else None, "confidence": confidence,
+        "seed": seed, "cells": cells, "empty": empty, "notes": notes,
     }  # fmt: skip
+
+
+def _speed(one: Group) -> str | None:
+    """Runs of a cell may differ in how fast they are; their times cannot be compared then."""
+    differ = speed_differences(list(one.runs.values()))
+    if not differ:
+        return None
+    return (
+        f"{one.label}: its runs differ in {', '.join(differ)}, which changes how fast a run is and not what it learns."
+    )
+
+
+def _seeds(groups: Sequence[Group]) -> str | None:
+    """Cells of other seeds are means of other things; None where all have the same."""
+    found: dict[str, list[str]] = {}
+    for one in groups:
+        found.setdefault(", ".join(map(str, sorted(one.runs))), []).append(one.label)
+    if len(found) < 2:
+        return None
+    most = max(found, key=lambda seeds: len(found[seeds]))
+    others = "; ".join(f"{', '.join(labels)}: {seeds}" for seeds, labels in found.items() if seeds != most)
+    return f"Not all cells have the same seeds: {most} in most of them; {others}."
 
 
 def _before(one: Group, label: str, confidence: float, seed: int) -> Estimate | None:
@@ -74,7 +111,7 @@ def _before(one: Group, label: str, confidence: float, seed: int) -> Estimate | 
 
 
 def _paired(
-    one: Group, reference: Cell, headline: str, baseline: str | None, confidence: float, seed: int, notes: list[str]
+    one: Group, reference: Cell, headline: str, baseline: str, confidence: float, seed: int, notes: list[str]
 ) -> dict[str, Any]:
     try:
         found = paired(one.cell(headline), reference, confidence, seed)

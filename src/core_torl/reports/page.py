@@ -68,6 +68,7 @@ def _content(story: Story) -> dict[str, Any]:
         "runs": len(page_facts.all_runs(story)),
         "states": page_facts.states(story),
         "facts": page_facts.facts(story),
+        "mixed_code": page_facts.mixed_code(story),
         "seeds": page_facts.seeds(story),
         "data": page_facts.data_rows(story),
         "same": same,
@@ -84,7 +85,7 @@ def _content(story: Story) -> dict[str, Any]:
             {"id": f"figure-{i}", "caption": _sentence(caption), "svg": inline_svg(file, f"figure-{i}", caption)}
             for i, (caption, file) in enumerate(story.figures.items(), start=1)
         ],
-        "samples": [found for one in story.groups if (found := cell_samples(one)).blocks],
+        "samples": [found for one in story.groups if (found := cell_samples(one)).blocks or found.broken],
         "compute": page_tables.compute_table(story),
         "label_width": max(len(cell["label"]) for cell in comparison["cells"]) + 2,
     }

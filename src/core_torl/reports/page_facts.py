@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core_torl.reports.finished import Run, flat
@@ -41,9 +40,11 @@ def facts(story: Story) -> list[Fact]:
     """Command, commit, versions and machine of the runs in the table."""
     runs = all_runs(story)
     made = [_made(run) for run in runs]
-    commands = [_sweep_command(run.folder) or one.get("command") for run, one in zip(runs, made, strict=True)]
+    sweeps = [command for run in runs if (command := _sweep_command(run))]
     found = [
-        Fact("command", _counted(commands), len(runs)),
+        Fact("command", _counted([one.get("command") for one in made]), len(runs)),
+        # Only the last call of a sweep is known, which may have begun none of these runs.
+        *([Fact("sweep", _counted(sweeps), len(runs))] if sweeps else []),
         Fact("commit", _counted([_commit(one) for one in made]), len(runs)),
         Fact("core-torl", _counted([_package(run, "core-torl") for run in runs]), len(runs)),
         Fact("Python", _counted([_one_of(run, "python") for run in runs]), len(runs)),
@@ -95,11 +96,23 @@ def _made(run: Run) -> Mapping[str, Any]:
     return run.results.get("provenance") or run.record.get("provenance") or {}
 
 
-def _sweep_command(folder: Path) -> str | None:
-    """The command of the sweep that the run belongs to, from the nearest ``sweep.json`` above it."""
-    for place in [folder, *folder.parents][: _LEVELS + 1]:
+def mixed_code(story: Story) -> list[str]:
+    """The runs of the table whose attempts ran under different code, with their cells."""
+    return [
+        f"{one.label}, seed {seed}: {run.name}"
+        for one in story.groups
+        for seed, run in sorted(one.runs.items())
+        if any((where.get("provenance") or {}).get("mixed_code") for where in (run.results, run.record))
+    ]
+
+
+def _sweep_command(run: Run) -> str | None:
+    """The last command of the sweep that the run belongs to, from the nearest ``sweep.json`` above it."""
+    if run.source:  # it lies on a server
+        return None
+    for place in [run.folder, *run.folder.parents][: _LEVELS + 1]:
         if (place / "sweep.json").is_file():
-            return read_json(place / "sweep.json").get("command")
+            return read_json(place / "sweep.json", []).get("command")
     return None
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core_torl.config.errors import UserError
 from core_torl.reports.finished import Group
 from core_torl.tracking.rollouts import read_rollouts
 from core_torl.tracking.samples import END, MARK, OBSERVATION, spread
@@ -71,10 +70,14 @@ class Sample:
 
 @dataclass
 class CellSamples:
-    """What is shown of a cell: heading -> samples. ``runs`` says which runs they are from."""
+    """What is shown of a cell: heading -> samples.
+
+    ``runs`` says which runs they are from, ``broken`` which files could not be read.
+    """
 
     label: str
     runs: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     blocks: dict[str, list[Sample]] = field(default_factory=dict)
 
 
@@ -82,16 +85,16 @@ def cell_samples(one: Group) -> CellSamples:
     """Samples of the first run of the cell that has any, by seed; a cell without any has no blocks."""
     found = CellSamples(one.label)
     for seed, run in sorted(one.runs.items()):
-        blocks = run_samples(run.folder)
+        blocks = run_samples(run.folder, found.broken)
         if blocks:
-            found.runs.append(f"seed {seed}, {run.folder}")
+            found.runs.append(f"seed {seed}, {run.name}")
             found.blocks = blocks
             break
     return found
 
 
-def run_samples(folder: Path) -> dict[str, list[Sample]]:
-    """Heading -> samples of one run; {} where it kept none. UserError for a file that cannot be read."""
+def run_samples(folder: Path, broken: list[str]) -> dict[str, list[Sample]]:
+    """Heading -> samples of one run; {} where it kept none. ``broken`` grows by a file that cannot be read."""
     blocks: dict[str, list[Sample]] = {}
     if (folder / "transcripts.md").is_file():
         text = (folder / "transcripts.md").read_text(encoding="utf-8", errors="replace")
@@ -101,7 +104,8 @@ def run_samples(folder: Path) -> dict[str, list[Sample]]:
         try:
             rows = read_rollouts(folder / "rollouts.jsonl")
         except ValueError as error:
-            raise UserError(f"{error}; move the file away") from error
+            broken.append(f"Not shown, for the file is broken: {error}.")
+            return blocks
         for kind, heading in KINDS.items():
             own = [row for row in rows if row.get("kind") == kind]
             if own:

@@ -57,7 +57,7 @@ def main_table(comparison: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     """Heads and rows of ``table.md``, each number with its metric and its full value."""
     heads, texts = tables.table(comparison)
     columns = [_column(head, comparison) for head in heads]
-    cells = list(comparison["cells"])
+    cells, bases = list(comparison["cells"]), {comparison["baseline"], *tables.baselines(comparison)}
     found = []
     if len(texts) > len(cells):  # all cells start from the same numbers, which are the first row
         start, texts = texts[0], texts[1:]
@@ -70,7 +70,8 @@ def main_table(comparison: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     for cell, own in zip(cells, texts, strict=True):
         numbers = [_number(text, metric, of(cell)) for text, (metric, of) in zip(own[1:], columns[1:], strict=True)]
         side = significant_side(cell, comparison["confidence"])
-        found.append(Row(cell["label"], numbers, side, baseline=cell["label"] == comparison["baseline"]))
+        found.append(Row(cell["label"], numbers, side, baseline=cell["label"] in bases))
+    found += [Row(row[0], [Number(text) for text in row[1:]]) for row in tables.empty_rows(comparison, len(heads))]
     return heads, found
 
 
@@ -87,7 +88,7 @@ def _column(head: str, comparison: Mapping[str, Any]) -> tuple[str, Getter]:
     """The metric of a column by its head, and how a cell of the comparison tells it."""
     headline = comparison["headline"]
     decoding = comparison["decoding"]
-    names = [f"{name}/{decoding}/{m}" for name in comparison["sets"] for m in ("accuracy", "robust_accuracy")]
+    names = [label for name in comparison["sets"] for label in tables.measures(name, decoding)]
     known: dict[str, tuple[str, Getter]] = {
         f"{tables.measure_name(label)} (%)": (f"after/{label}", lambda cell, label=label: cell["after"].get(label))
         for label in [headline, *names]
@@ -136,7 +137,7 @@ def run_tables(story: Story) -> list[dict[str, Any]]:
     for one in story.groups:
         rows = []
         for seed, run in sorted(one.runs.items()):
-            known = aggregate.get(str(run.folder), {})
+            known = aggregate.get(run.name, {})
             numbers = [
                 Number(f"{run.steps:g}", "rl_steps", run.steps),
                 Number(
@@ -203,7 +204,7 @@ def absent_rows(story: Story) -> list[dict[str, str]]:
     for run in story.comparison["unfinished"]:
         state = aggregate.get(run["folder"], {}).get("state") or run.get("state") or "unfinished"
         found[run["folder"]] = {"folder": run["folder"], "state": str(state), "why": run["why"]}
-    inside = {str(run.folder) for run in page_facts.all_runs(story)}
+    inside = {run.name for run in page_facts.all_runs(story)}
     for folder, row in aggregate.items():
         if folder not in inside and folder not in found:
             why = row.get("why") or row.get("error") or "in no cell of this comparison"
@@ -212,7 +213,7 @@ def absent_rows(story: Story) -> list[dict[str, str]]:
 
 
 def _by_folder(story: Story) -> dict[str, dict[str, Any]]:
-    """Folder of a run -> its row of the aggregate."""
+    """Name of a run, which is its folder or its address in W&B -> its row of the aggregate."""
     if "folder" not in story.runs.column_names:
         return {}
     return {str(row["folder"]): row for row in story.runs.to_pylist()}

@@ -1,8 +1,9 @@
 """Why a run has no results: it goes on, it was killed, it failed, it was stopped, or nobody has begun it.
 
 A run folder keeps ``run.json``, the subprocess launcher keeps ``sweep.json`` above it. A kill leaves ``run.json`` at
-"running", so the process is looked for on this host; of another host only what the file says is known. Where both are
-missing (older runs, other launchers) a run without results is called unfinished, and nothing is guessed.
+"running", so the process is looked for on this host; a run on another host counts as running only while its files
+change. Where both are missing (older runs, other launchers) a run without results is called unfinished, and nothing is
+guessed. Whether results are those of the last attempt is told by what both files say, not by the age of the files.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from core_torl.config.errors import UserError
 from core_torl.launch.record import is_alive
+from core_torl.launch.view_state import silence
 
 UNFINISHED = "unfinished"
 NO_RESULTS = "no results.json"
@@ -22,24 +23,34 @@ _ENDED_BADLY = ("failed", "killed", "timeout", "interrupted")
 _ENDED_WELL = ("completed", "skipped")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file, {} where there is none. UserError for a file that is no JSON."""
+def read_json(path: Path, wrong: list[str]) -> dict[str, Any]:
+    """The object in the file; {} where there is none, or where it holds no object, which ``wrong`` then says."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return parse_json(path.read_bytes(), path.name, wrong)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: no JSON ({error.msg}); move the folder away, or repeat the run") from error
-    return found if isinstance(found, dict) else {}
 
 
-def state_of(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]:
+def parse_json(text: str | bytes, name: str, wrong: list[str]) -> dict[str, Any]:
+    """The object in ``text``, the content of the file ``name``; {} where it holds none, which ``wrong`` then says."""
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        wrong.append(f"{name} is no JSON")
+        return {}
+    if not isinstance(found, dict):
+        wrong.append(f"{name} is no JSON object")
+        return {}
+    return found
+
+
+def state_of(record: Mapping[str, Any], job: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """State and reason of a run without results, from its ``run.json`` and its job in ``sweep.json`` ({} if absent)."""
     said, told = record.get("state"), job.get("state")
     if said == "failed":
         return "failed", record.get("error") or "its run.json names no error"
     if said == "running":
-        return _running(record, job)
+        return _running(record, job, folder)
     if said in _ENDED_BADLY:
         return str(said), NO_RESULTS
     if said in _ENDED_WELL:
@@ -49,11 +60,13 @@ def state_of(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, st
     return (str(told), _of_job(job)) if told else (UNFINISHED, NO_RESULTS)
 
 
-def _running(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]:
+def _running(record: Mapping[str, Any], job: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     last = (record.get("attempts") or [{}])[-1]
     there = is_alive(last) if "pid" in last else False
     if there is None:
-        return "running", f"on {last.get('host')}, as its run.json says"
+        said = f"on {last.get('host')}, as its run.json says"
+        quiet = silence(folder, folder / "stdout.log")
+        return (UNFINISHED, f"running {said}, but {quiet}") if quiet else ("running", said)
     if there:
         return "running", f"process {last['pid']}"
     if job.get("state") in _ENDED_BADLY:
@@ -69,9 +82,38 @@ def _of_job(job: Mapping[str, Any]) -> str:
     return NO_RESULTS if code is None else f"exit code {code}, {NO_RESULTS}"
 
 
-def outdated(results: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``results.json`` is of an earlier attempt than the last one, which has not come to an end of its own."""
-    last = (record.get("attempts") or [{}])[-1]
-    if record.get("state") in (None, *_ENDED_WELL) or not last.get("started"):
+def outdated(results: Mapping[str, Any], path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the results in ``path`` are those of an earlier attempt than the last one that ``record`` knows.
+
+    Results say whose they are and by which attempt they were written. Older ones do not: the file's age is all there
+    is to go by, unless the run came to an end of its own.
+    """
+    attempts = record.get("attempts") or []
+    mark, number = _wrote(results)
+    if not attempts:
         return False
-    return results.stat().st_mtime < datetime.fromisoformat(last["started"]).timestamp()
+    if mark is not None and record.get("identity") not in (None, mark):
+        return True
+    if number is not None:
+        return number < len(attempts)
+    started = attempts[-1].get("started")
+    if not started or record.get("state") in (None, *_ENDED_WELL):
+        return False
+    return path.stat().st_mtime < datetime.fromisoformat(started).timestamp()
+
+
+def _wrote(results: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """Identity of the run that wrote the results, and the number of the attempt, from 1; None for what is not told."""
+    made, cost = results.get("provenance") or {}, results.get("compute") or {}
+    return made.get("identity"), cost.get("attempts")
+
+
+def ended_well(record: Mapping[str, Any]) -> bool:
+    """Whether ``run.json`` calls the run completed, which is said only once its results are written."""
+    return record.get("state") in _ENDED_WELL
+
+
+def whole(results: Mapping[str, Any]) -> bool:
+    """Whether this is what a finished training leaves, and not an evaluation or a part of something."""
+    run = results.get("run")
+    return isinstance(results.get("after"), dict) and isinstance(run, dict) and isinstance(run.get("seed"), int)

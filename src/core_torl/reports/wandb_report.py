@@ -33,6 +33,7 @@ CHOICES = "choices"  # run configs in W&B hold the option of each config group u
 ROLLOUTS = {"core": ("triggered", "newly_solved"), "torl": ("tools", "newly_solved")}  # by template
 _ROLLOUTS = ("triggered", "tools", "newly_solved")
 _LONGEST_TITLE = 128
+_COMMANDS = 12  # that are shown
 _WIDTH = 24  # of a report's grid of panels
 
 
@@ -117,11 +118,16 @@ def _counts(story: Story) -> str:
 
 
 def _warning(story: Story, wr: Any) -> list[Any]:
-    """The runs that are in no cell, before anything else; nothing if there are none."""
-    rows = absent_rows(story)
+    """The runs that are in no cell and those of more than one code, before anything else; nothing without any."""
+    rows, mixed = absent_rows(story), page_facts.mixed_code(story)
+    code = [
+        wr.CalloutBlock(f"Made by more than one version of the code: {len(mixed)} runs."),
+        wr.MarkdownBlock(_table(("run",), [(run,) for run in mixed])),
+    ]
     if not rows:
-        return []
+        return code if mixed else []
     return [
+        *(code if mixed else []),
         wr.CalloutBlock(f"Not in the table: {len(rows)} of {len(rows) + len(page_facts.all_runs(story))} runs."),
         wr.MarkdownBlock(_table(("run", "state", "why"), [(row["folder"], row["state"], row["why"]) for row in rows])),
     ]
@@ -131,8 +137,10 @@ def _made(story: Story, wr: Any) -> list[Any]:
     """Commands as code; versions, seeds, data and config differences as tables."""
     facts = page_facts.facts(story)
     commands = [value for fact in facts if fact.name == "command" for value, _ in fact.values]
+    if len(commands) > _COMMANDS:
+        commands[_COMMANDS:] = [f"# and {len(commands) - _COMMANDS} others"]
     rows = [
-        (fact.name, value, f"{count} of {fact.total}")
+        ("last command of the sweep" if fact.name == "sweep" else fact.name, value, f"{count} of {fact.total}")
         for fact in facts if fact.name != "command" for value, count in fact.values
     ]  # fmt: skip
     blocks = [wr.CodeBlock("\n".join(commands), language=None), wr.MarkdownBlock(_table(("", "value", "runs"), rows))]

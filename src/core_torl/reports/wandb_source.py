@@ -1,23 +1,24 @@
 """Runs as W&B keeps them: offline files on this disk, or a project on a server.
 
 Every run saves its ``results.json`` and ``run.json`` as files of its W&B run; together with the logged rows they are
-the run, wherever its own folder is. A run that was resumed is one id with several offline parts: the rows of an earlier
-part end where a later one begins. ``wandb`` is imported only when it is needed.
+the run, wherever its own folder is. A run that was resumed is one id with several offline parts, and results saved
+before it went on are not its results: only those of the last part count, and on a server only those of a run that has
+finished. Steps that were logged twice, before a restart and after it, count as they were logged last. ``wandb`` is
+imported only when it is needed.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from core_torl.config.errors import UserError
-from core_torl.reports.finished import Run
-from core_torl.reports.states import NO_RESULTS, UNFINISHED, read_json, state_of
+from core_torl.reports.finished import COMPLETED, Run
+from core_torl.reports.states import NO_RESULTS, UNFINISHED, parse_json, read_json, state_of, whole
 from core_torl.tracking.metrics import STEP
 from core_torl.tracking.offline import OfflineRun, find_file, read_run
 
@@ -34,38 +35,67 @@ def offline_parts(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for part in sorted(folder.glob("offline-run-*")):
         if any(part.glob("run-*.wandb")):
-            found.setdefault(part.name.split("-", 3)[-1], []).append(part)
+            found.setdefault(id_of(part), []).append(part)
     return found
+
+
+def id_of(part: Path) -> str:
+    """The W&B id in the name of an ``offline-run-DATE-ID`` folder."""
+    return part.name.split("-", 3)[-1]
 
 
 def offline_run(parts: Sequence[Path]) -> Run | None:
     """The training run in the offline parts of one id, oldest first; None for an evaluation or a dry run."""
-    results, record = _newest(parts, "results.json"), _newest(parts, "run.json")
-    folder, history = parts[-1], functools.partial(_offline_rows, tuple(parts))
-    if results:
-        trained = "after" in results and "run" in results
-        return Run(folder, results, record=record, history=history) if trained else None
-    told = read_run(find_file(folder))
+    *before, folder = parts
+    wrong: list[str] = []
+    told = _read(folder, wrong)
+    saved = folder / "files"
+    results, record = (read_json(saved / name, wrong) for name in ("results.json", "run.json"))
+    if not results and not wrong and before and not told.history:
+        # It went on and came to nothing: what it was before still stands.
+        found = offline_run(before)
+        if found is not None and found.state == COMPLETED:
+            return found
+    record = {**record, "wandb_id": told.run_id or id_of(folder)}
+    history = functools.partial(_offline_rows, tuple(parts))
+    if results and not wrong:
+        return Run(folder, results, record=record, history=history) if whole(results) else None
+    section = {"config": told.config, "choices": record.get("choices") or {}, "seed": told.config.get("seed")}
+    if wrong or (not told.config and told.job_type in ("", "train")):
+        why = "; ".join(wrong) or "killed before its config was logged"
+        return Run(folder, {"run": section}, UNFINISHED, why, record=record, history=history)
     if "rl_steps" not in told.config or told.config.get("dry_run"):
         return None
-    state, why = state_of(record, {})
-    if not record and told.exit_code is not None:
+    state, why = state_of(record, {}, saved)
+    if not record.get("state") and told.exit_code is not None:
         state, why = (UNFINISHED, NO_RESULTS) if told.exit_code == 0 else ("failed", f"exit code {told.exit_code}")
-    section = {"config": told.config, "choices": record.get("choices") or {}, "seed": told.config.get("seed")}
     return Run(folder, {"run": section}, state, why, record=record, history=history)
 
 
-def _newest(parts: Sequence[Path], name: str) -> dict[str, Any]:
-    return next((found for part in reversed(parts) if (found := read_json(part / "files" / name))), {})
+def _read(part: Path, wrong: list[str]) -> OfflineRun:
+    """What the part's file tells; an empty run where it is of another kind, which ``wrong`` then says."""
+    try:
+        return read_run(find_file(part))
+    except ValueError as error:
+        wrong.append(str(error).removeprefix(f"{part}/"))
+        return OfflineRun(part)
 
 
 def _offline_rows(parts: Sequence[Path]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for part in parts:
-        told: OfflineRun = read_run(find_file(part))
-        begins = min((row[STEP] for row in told.history if STEP in row), default=None)
-        rows = [row for row in rows if begins is None or row.get(STEP, 0) <= begins] + told.history
-    return rows
+    return each_step_once([row for part in parts for row in read_run(find_file(part)).history])
+
+
+def each_step_once(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each RL step: where a run went back and on again, what it had logged after that place is dropped."""
+    found: dict[float, dict[str, Any]] = {}
+    last = 0
+    for row in rows:
+        step = row.get(STEP, 0)
+        if 0 < step < last:  # at 0 accuracies from before training may be logged again by a run that goes on
+            found = {known: own for known, own in found.items() if known <= step}
+        last = step or last
+        found.setdefault(step, {}).update(row)
+    return list(found.values())
 
 
 # ---- online ------------------------------------------------------------------------------------------------------
@@ -120,24 +150,33 @@ def _address(source: str) -> tuple[str, str | None]:
 
 
 def _online_run(source: str, one: Any) -> Run | None:
-    results, record = _download(one, "results.json"), _download(one, "run.json")
-    name = f"{SCHEME}{'/'.join(one.path)}" if isinstance(one.path, list | tuple) else f"{SCHEME}{one.path}"
+    wrong: list[str] = []
+    results, record = (_download(one, name, wrong) for name in ("results.json", "run.json"))
+    path = "/".join(one.path) if isinstance(one.path, list | tuple) else str(one.path)
+    name = f"{SCHEME}{path}"
     where: Mapping[str, Any] = {
-        "folder": Path(name.replace("//", "/")), "source": name, "record": record,
+        "folder": Path(name.replace("//", "/")), "source": name,
+        "record": {**record, "wandb_id": path.rpartition("/")[2]},
         "history": functools.partial(_online_rows, one, name),
     }  # fmt: skip
-    if results:
-        return Run(results=results, **where) if "after" in results and "run" in results else None
+    if results and not whole(results):
+        return None
+    if results and one.state == "finished":
+        return Run(results=results, **where)
     config = dict(one.config)
+    section = (results or {}).get("run") or {
+        "config": config, "choices": record.get("choices") or {}, "seed": config.get("seed")
+    }  # fmt: skip
     if "rl_steps" not in config or config.get("dry_run"):
         return None
     state = _STATES.get(one.state, UNFINISHED)
-    why = (record.get("error") if state == "failed" else None) or f"{one.state} in W&B, {NO_RESULTS}"
-    section = {"config": config, "choices": record.get("choices") or {}, "seed": config.get("seed")}
+    # A run that went on after it had ended still shows the results that it had then.
+    why = f"{one.state} in W&B, " + ("its results.json is of an earlier attempt" if results else NO_RESULTS)
+    why = "; ".join(wrong) or (record.get("error") if state == "failed" else None) or why
     return Run(results={"run": section}, state=state, why=why, **where)
 
 
-def _download(one: Any, name: str) -> dict[str, Any]:
+def _download(one: Any, name: str, wrong: list[str]) -> dict[str, Any]:
     """A JSON file of the run; {} where it has none, which W&B tells by an empty list or by a file without bytes."""
     try:
         file = one.file(name)
@@ -146,15 +185,15 @@ def _download(one: Any, name: str) -> dict[str, Any]:
     if not file.size:
         return {}
     with tempfile.TemporaryDirectory() as folder, file.download(root=folder, replace=True) as text:
-        found = json.load(text)
-    return found if isinstance(found, dict) else {}
+        return parse_json(text.read(), name, wrong)
 
 
 def _online_rows(one: Any, name: str) -> list[dict[str, Any]]:
     """The logged rows; W&B's own keys, tables and pictures left out."""
     with _one_line(name):
         rows = [{k: v for k, v in row.items() if _number(k, v)} for row in one.scan_history()]
-    return [{k: float(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows if row.keys() - {STEP}]
+    numbers = [{k: float(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+    return each_step_once(row for row in numbers if row.keys() - {STEP})
 
 
 def _number(key: str, value: Any) -> bool:

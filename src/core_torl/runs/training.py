@@ -21,6 +21,7 @@ from core_torl.data.base import ProblemSets
 from core_torl.evaluation.distractors import is_distracted, with_distractors
 from core_torl.evaluation.protocol import Evaluation, SetResult
 from core_torl.evaluation.statistics import Estimate
+from core_torl.launch.identity import SPEED
 from core_torl.launch.record import add, is_main_process, read_record
 from core_torl.problem import Problem
 from core_torl.runs.account import compared, comparison_line, compute_used, data_hashes, first_results, gpu_names
@@ -55,32 +56,7 @@ _FINGERPRINT = (
     "augmentation",
     "trainer",
 )
-_FREE = (
-    "microbatch_size",
-    "share_prompts",
-    "skip_zero_advantage",
-    "engine",
-    "max_rows",
-    "workers",
-    "wall_timeout_s",
-    "first_step_gap",
-    "gradient_checkpointing",
-    "max_excluded",
-    "max_aborted",
-    "recycle_after",
-    "retries",
-    "url",
-    "concurrency",
-    "allow_unsafe",
-    "backoff_s",
-    "suspicion",
-    "path",
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "threads",
-)
+_FREE = (*SPEED, "first_step_gap", "max_excluded", "max_aborted", "path")
 
 
 def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:

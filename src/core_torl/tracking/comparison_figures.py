@@ -3,8 +3,9 @@
 ``comparison.png`` has up to three panels: the headline before (hollow) and after training (filled, with its interval,
 single seeds small below it); what was kept of the mastered concepts; and the share of right answers in training against
 the tokens sampled for it. A cell has one colour in all of them, Okabe and Ito's, and cells beyond the eight drawn as
-curves are grey. ``line.png`` has the headline against a number of the runs, one line for each value of a name. Curves
-are labelled at their ends, not in a legend, and labels are moved apart where ends lie close.
+curves are grey. ``line.png`` has the headline against a number of the runs, one line for each value of a name, and
+``retained.png`` what is still solved with K irrelevant concepts in the prompt, one line a cell. Curves are labelled at
+their ends, not in a legend, and labels are moved apart where ends lie close.
 """
 
 from __future__ import annotations
@@ -73,16 +74,16 @@ def comparison_figure(
     def draw(figure: Figure) -> None:
         panels = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
         draw_rows(panels[0], [(c.label, c.before, c.after, c.seeds) for c in cells], colours, baseline)
-        panels[0].set_title(headline, loc="left")
+        panels[0].set_title(words(headline), loc="left")
         panels[0].set_xlabel("share of test problems (%)")
         if kept:
             draw_kept(panels[1], cells, colours)
         if shown:
             draw_curves(panels[-1], shown, colours, height)
-            others = sum(c.label != baseline for c in shown)
-            first = "the baseline and " if others < len(shown) else ""
-            left_out = sum(bool(c.curves) for c in cells) > len(shown)
-            note = f":\n{first}the {others} best of {len(cells)} cells" if left_out else ""
+            having = [c for c in cells if has_curve(c)]
+            others, all_others = (sum(c.label != baseline for c in some) for some in (shown, having))
+            first, rest = ("the baseline and ", "others") if others < len(shown) else ("", "cells")
+            note = f":\n{first}the {others} best of {all_others} {rest}" if len(having) > len(shown) else ""
             panels[-1].set_title(f"right answers in training{note}", loc="left")
         figure.legend(handles=_legend(confidence, baseline, kept), loc="outside lower left", ncols=5, fontsize=_SMALL)
 
@@ -91,8 +92,12 @@ def comparison_figure(
 
 def curve_cells(cells: Sequence[CellPicture], baseline: str | None) -> list[CellPicture]:
     """The cells whose curves are drawn, in their order: the baseline, and the highest headlines beside it."""
-    # A cell that samples nothing has no curve over sampled tokens.
-    return best_cells([c for c in cells if any(x > 0 for curve in c.curves for x, _ in curve)], baseline)
+    return best_cells([c for c in cells if has_curve(c)], baseline)
+
+
+def has_curve(cell: CellPicture) -> bool:
+    """Whether there is something over sampled tokens: a cell that samples nothing has no curve."""
+    return any(x > 0 for curve in cell.curves for x, _ in curve)
 
 
 def best_cells(cells: Sequence[CellPicture], baseline: str | None) -> list[CellPicture]:
@@ -128,7 +133,7 @@ def draw_rows(
         if label == baseline:
             axes.axvline(100 * after.value, color=BASELINE, linestyle="--", linewidth=1.1, zorder=1)
         _value(axes, place, after)
-    axes.set_yticks(range(len(rows)), [_cut(label) for label, *_ in rows], fontsize=_SMALL)
+    axes.set_yticks(range(len(rows)), [cut(label) for label, *_ in rows], fontsize=_SMALL)
     _row_axes(axes, len(rows))
 
 
@@ -152,20 +157,31 @@ def draw_kept(axes: Axes, cells: Sequence[CellPicture], colours: Mapping[str, st
 
 
 def draw_curves(axes: Axes, cells: Sequence[CellPicture], colours: Mapping[str, str], height: float) -> None:
-    """Mean over seeds of the smoothed share of right answers against sampled tokens; the band is lowest to highest."""
+    """Mean over seeds of the smoothed share of right answers against sampled tokens; the band is lowest to highest.
+
+    Seeds that share no stretch of tokens are thin lines by themselves.
+    """
     most = max(x for c in cells for curve in c.curves for x, _ in curve)
     scale, unit = (1e6, "millions") if most >= 2e6 else (1e3, "thousands")
     ends = []
     for cell in cells:
-        grid, values = together(cell.curves)
-        mean, colour = values.mean(axis=0), colours[cell.label]
+        colour, common = colours[cell.label], together(cell.curves)
+        if common is None:
+            alone = [smooth(curve) for curve in cell.curves]
+            for x, y in alone:
+                axes.plot(np.array(x) / scale, 100 * np.array(y), color=colour, linewidth=1.0, alpha=0.85)
+            x, y = max(alone, key=lambda line: line[0][-1])
+            ends.append((x[-1] / scale, 100 * y[-1], cut(cell.label), colour))
+            continue
+        grid, values = common
+        mean = values.mean(axis=0)
         if len(values) > 1:
             axes.fill_between(
                 grid / scale, 100 * values.min(axis=0), 100 * values.max(axis=0), color=colour, alpha=0.13, linewidth=0
             )
         marker = "o" if len(grid) == 1 else None
         axes.plot(grid / scale, 100 * mean, color=colour, linewidth=2.0, marker=marker)
-        ends.append((float(grid[-1]) / scale, 100 * float(mean[-1]), _cut(cell.label), colour))
+        ends.append((float(grid[-1]) / scale, 100 * float(mean[-1]), cut(cell.label), colour))
     axes.set_xlabel(f"sampled tokens ({unit})")
     axes.set_ylabel(f"right answers (%), mean of {WINDOW} steps,\nband: lowest to highest seed")
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
@@ -174,20 +190,25 @@ def draw_curves(axes: Axes, cells: Sequence[CellPicture], colours: Mapping[str, 
     label_ends(axes, ends, height)
 
 
-def together(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray]:
+def together(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray] | None:
     """Smoothed curves on one grid of tokens that all of them reach: [points] and [curves, points].
 
-    Where no stretch is common to all, the first curve alone: a mean of different stretches would show a jump.
+    None where no stretch is common to all: a mean of different stretches would show a jump.
     """
-    smooth = []
-    for curve in curves:
-        points = sorted(curve)
-        smooth.append(([x for x, _ in points], moving_mean([y for _, y in points], WINDOW)))
-    first, last = max(x[0] for x, _ in smooth), min(x[-1] for x, _ in smooth)
+    smoothed = [smooth(curve) for curve in curves]
+    if len(smoothed) == 1:
+        return np.array(smoothed[0][0]), np.array([smoothed[0][1]])
+    first, last = max(x[0] for x, _ in smoothed), min(x[-1] for x, _ in smoothed)
     if first >= last:
-        return np.array(smooth[0][0]), np.array([smooth[0][1]])
+        return None
     grid = np.linspace(first, last, 200)
-    return grid, np.array([np.interp(grid, x, y) for x, y in smooth])
+    return grid, np.array([np.interp(grid, x, y) for x, y in smoothed])
+
+
+def smooth(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """A run's curve in the order of its tokens, as a moving mean."""
+    points = sorted(curve)
+    return [x for x, _ in points], list(moving_mean([y for _, y in points], WINDOW))
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], height: float) -> None:
@@ -238,31 +259,67 @@ def line_figure(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        ends = []
-        for number, (name, points) in enumerate(lines.items()):
-            points = sorted(points, key=lambda p: p[0])
-            x, y = [percent * p for p, _ in points], [100 * e.value for _, e in points]
-            colour = COLOURS[number % len(COLOURS)]
-            axes.fill_between(
-                x, [100 * e.low for _, e in points], [100 * e.high for _, e in points], color=colour, alpha=0.15,
-                linewidth=0,
-            )  # fmt: skip
-            style = ("-", "--", ":")[number // len(COLOURS) % 3]
-            axes.plot(x, y, style, marker="o", ms=5, color=colour, linewidth=2.0)
-            if len(points) == 1 and math.isfinite(points[0][1].low):  # a band of one point has no area
-                axes.vlines(x, 100 * points[0][1].low, 100 * points[0][1].high, colors=colour, linewidth=2.0, alpha=0.4)
-            if name:
-                ends.append((x[-1], y[-1], _cut(name), colour))
+        colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(lines)}
+        ends = _draw_lines(axes, lines, colours, percent)
         every = [p for points in lines.values() for p, _ in points]
         if min(every) > 0 and max(every) / min(every) >= 50:
             axes.set_xscale("log")
         axes.set_xlabel(f"{x_name} (%)" if percent > 1 else x_name)
-        axes.set_ylabel(f"{headline} after training (%)\nband: {100 * confidence:g} % interval")
-        axes.grid(color="#E6E6E6", linewidth=0.8)
-        axes.set_axisbelow(True)
+        axes.set_ylabel(f"{words(headline)} after training (%)\nband: {100 * confidence:g} % interval")
         label_ends(axes, ends, height)
 
     return save_figure(draw, path, title, (10.5, height))
+
+
+def retained_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Estimate]]]],
+    path: str | os.PathLike[str],
+    title: str,
+    colours: Mapping[str, str],
+    confidence: float = 0.95,
+) -> Path:
+    """CORE's Figure 3: a panel for each test set, in it (K, share still solved with K distractors) of each cell.
+
+    Raises ValueError if there is no point.
+    """
+    if not any(points for lines in panels.values() for points in lines.values()):
+        raise ValueError("nothing to draw: no points")
+    height = 6.0
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            ends = _draw_lines(axes, lines, colours)
+            axes.set_title(words(f"{name} problems solved without them"), loc="left")
+            axes.set_xlabel("K, irrelevant concepts before the question")
+            axes.set_ylabel(f"still solved with them (%)\nband: {100 * confidence:g} % interval")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            label_ends(axes, ends, height)
+
+    return save_figure(draw, path, title, (10.5 * len(panels), height))
+
+
+def _draw_lines(
+    axes: Axes, lines: Mapping[str, Sequence[tuple[float, Estimate]]], colours: Mapping[str, str], percent: float = 1.0
+) -> list[tuple[float, float, str, str]]:
+    """Each line with its interval as a band, in percent; returns where each ends, its label and its colour."""
+    ends = []
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda p: p[0])
+        x, y = [percent * p for p, _ in points], [100 * e.value for _, e in points]
+        low, high = [100 * e.low for _, e in points], [100 * e.high for _, e in points]
+        colour = colours[name]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        style = ("-", "--", ":")[number // len(COLOURS) % 3]
+        axes.plot(x, y, style, marker="o", ms=5, color=colour, linewidth=2.0)
+        if len(points) == 1 and math.isfinite(points[0][1].low):  # a band of one point has no area
+            axes.vlines(x, low, high, colors=colour, linewidth=2.0, alpha=0.4)
+        if name:
+            ends.append((x[-1], y[-1], cut(name), colour))
+    axes.grid(color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return ends
 
 
 def save_figure(draw: Any, path: str | os.PathLike[str], title: str, size: tuple[float, float]) -> Path:
@@ -277,7 +334,7 @@ def save_figure(draw: Any, path: str | os.PathLike[str], title: str, size: tuple
     png.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.05))
-        figure.suptitle(title, fontsize=16, x=0.01, ha="left")
+        figure.suptitle(words(title), fontsize=16, x=0.01, ha="left")
         draw(figure)
         figure.savefig(png, dpi=110)
         figure.savefig(png.with_suffix(".svg"), metadata={"Date": None})
@@ -327,11 +384,17 @@ def _legend(confidence: float, baseline: str | None, kept: bool) -> list[Any]:
         entry("one seed", marker="o", markersize=3.6),
     ]
     if baseline is not None:
-        found.append(entry(f"after, baseline ({_cut(baseline)})", linestyle="--", color=BASELINE, linewidth=1.1))
+        found.append(entry(f"after, baseline ({cut(baseline)})", linestyle="--", color=BASELINE, linewidth=1.1))
     if kept:
         found.append(entry("mastered, before training", linestyle="--", linewidth=1.4))
     return found
 
 
-def _cut(label: str) -> str:
-    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
+def cut(label: str) -> str:
+    """A label that has room beside a panel."""
+    return words(label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…")
+
+
+def words(text: str) -> str:
+    """Somebody's text for matplotlib, which would read formulas between dollar signs."""
+    return text.replace("$", r"\$")

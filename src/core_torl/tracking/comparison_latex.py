@@ -9,15 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core_torl.tracking.comparison_table import final_legend, final_table, legend, table
+from core_torl.tracking.comparison_table import absent, empty_rows, final_legend, final_table, legend, table
 
 _ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "–": "--",
     "…": r"\ldots{}", "|": r"\textbar{}",
 }  # fmt: skip
-_NUMBER = re.compile(r"[+-]?[\d.,]+%?")
-_WITH_INTERVAL = re.compile(r"(?P<value>[+-]?[\d.,]+) (?P<ends>\[.*\])")
+_DIGITS = r"[+-]?[\d.,]+(?:e[+-]?\d+)?"
+_NUMBER = re.compile(rf"{_DIGITS}%?")
+_WITH_INTERVAL = re.compile(rf"(?P<value>{_DIGITS}) (?P<ends>\[{_DIGITS}, {_DIGITS}\])")
+_POWER = re.compile(r"e([+-]?)0*(\d+)")
 
 
 def escape(text: str) -> str:
@@ -26,24 +28,32 @@ def escape(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """One cell: minus signs as such, and the interval of a value small."""
+    """One cell: signs as such, powers of ten as people write them, and the interval of a value small."""
     found = _WITH_INTERVAL.fullmatch(text)
     if found:
-        ends = found["ends"].replace("-", "$-$")
-        return f"{_signed(found['value'])} {{\\scriptsize {ends}}}"
+        return f"{_signed(found['value'])} {{\\scriptsize {_signed(found['ends'])}}}"
     return _signed(text) if _NUMBER.fullmatch(text) else escape(text)
 
 
-def _signed(number: str) -> str:
-    return escape(number).replace("-", "$-$").replace("+", "$+$")
+def _signed(numbers: str) -> str:
+    """1e-05 as a power, and a minus that is no hyphen."""
+    signed = re.sub(r"(?<!e)[+-]", r"$\g<0>$", escape(numbers))
+    return _POWER.sub(lambda e: rf"$\cdot 10^{{{e[1].removeprefix('+')}{e[2]}}}$", signed)
 
 
 def latex(comparison: Mapping[str, Any]) -> str:
-    """The whole ``table.tex``: a ``tabular`` of the cells and, where there is one, another of ``final``."""
-    parts = [f"% {comparison['title']}", "% needs \\usepackage{booktabs}", tabular(*table(comparison))]
+    """The whole ``table.tex``: a ``tabular`` of the cells and, where there is one, another of ``final``.
+
+    What else a reader must know stands below it as comments: legend, notes, and the runs that are not in it.
+    """
+    heads, rows = table(comparison)
+    parts = [f"% {comparison['title']}", "% needs \\usepackage{booktabs}"]
+    parts += [tabular(heads, rows + empty_rows(comparison, len(heads)))]
     parts += [f"% {line}" for line in legend(comparison)]
     if "final" in comparison:
         parts += ["", tabular(*final_table(comparison)), f"% {final_legend(comparison)}"]
+    parts += [f"% Note: {note}" for note in comparison["notes"]]
+    parts += [f"% Not in the table: {run}" for run in absent(comparison)]
     return "\n".join(" ".join(part.splitlines()) if part.startswith("%") else part for part in parts) + "\n"
 
 

@@ -7,6 +7,7 @@ is not.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,12 +21,32 @@ NONE = "–"
 KEPT = "mastered kept (%)"
 BEFORE = "before training"
 PRIMED = "_primed"  # how the name of a test set ends that holds the concept in its prompts
+_DISTRACTED = re.compile(r"(.+)_distractors(\d+)")
+# What Markdown would take for markup; an underline between letters, and a < before a number, is none.
+_MARKUP = re.compile(r"[\\*`~]|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|\[(?=[^\]]*\]\()|&(?=#?\w+;)")
+
+_OF_A_SET = re.compile(r"(accuracy|retained)( with \d+ irrelevant concepts?)? \(%\)$")  # the head of such a column
+
+
+def distracted(name: str) -> tuple[str, int] | None:
+    """``gap_distractors2`` as the set behind it and K, the irrelevant concepts in its prompts; None for other sets."""
+    found = _DISTRACTED.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def measures(name: str, decoding: str) -> list[str]:
+    """The labels that a table shows of a test set: with distractors only what they leave of what was solved."""
+    of_it = ["accuracy"] if name.endswith(PRIMED) else ["accuracy", "robust_accuracy"]
+    return [f"{name}/{decoding}/{measure}" for measure in (["retained"] if distracted(name) else of_it)]
 
 
 def measure_name(label: str) -> str:
     """``gap/greedy/robust_accuracy`` as ``gap robust accuracy``; another way of decoding than greedy is named."""
     name, decoding, measure = label.split("/")
     middle = "" if decoding == "greedy" else f" {decoding}"
+    if (found := distracted(name)) is not None:
+        concepts = f"{found[1]} irrelevant concept{'' if found[1] == 1 else 's'}"
+        return f"{found[0]}{middle} {measure} with {concepts}".replace("_", " ")
     return f"{name}{middle} {measure}".replace("_", " ")
 
 
@@ -45,33 +66,34 @@ def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
     Where all cells start from the same numbers these are the first row, otherwise a column of the headline.
     """
-    headline, compared = comparison["headline"], comparison["baseline"] is not None
-    measures = [
+    headline, bases = comparison["headline"], baselines(comparison)
+    compared = bool(bases) or comparison["baseline"] is not None
+    columns = [
         label
         for name in comparison["sets"]
-        for measure in (["accuracy"] if name.endswith(PRIMED) else ["accuracy", "robust_accuracy"])
-        if any((label := f"{name}/{comparison['decoding']}/{measure}") in cell["after"] for cell in comparison["cells"])
+        for label in measures(name, comparison["decoding"])
+        if any(label in cell["after"] for cell in comparison["cells"])
     ]
-    if headline not in measures:
-        measures.insert(0, headline)
+    if headline not in columns:
+        columns.insert(0, headline)
     kept = any(cell["retention"] is not None for cell in comparison["cells"])
-    starts = [{label: cell["before"].get(label) for label in measures} for cell in comparison["cells"]]
+    starts = [{label: cell["before"].get(label) for label in columns} for cell in comparison["cells"]]
     one_start = all(_alike(start, starts[0]) for start in starts)
     heads = ["cell", "seeds", "RL steps", "tokens (k)"]
     heads += [] if one_start else [f"{measure_name(headline)} before (%)"]
-    heads += [f"{measure_name(label)} (%)" for label in measures] + ([KEPT] if kept else [])
+    heads += [f"{measure_name(label)} (%)" for label in columns] + ([KEPT] if kept else [])
     heads += ["difference (points)", "p", "p (Holm)"] if compared else []
     rows = []
     if one_start:
-        row = [BEFORE, "", "0", "0", *(shown(starts[0][label]) for label in measures)]
+        row = [BEFORE, "", "0", "0", *(shown(starts[0][label]) for label in columns)]
         rows.append(row + [""] * (len(heads) - len(row)))
     for cell in comparison["cells"]:
         before, tokens, paired = cell["before"].get(headline), cell["sampled_tokens"], cell["paired"]
-        row = [cell["label"], str(len(cell["seeds"])), f"{cell['rl_steps']:g}"]
+        row = [cell["label"], cell["seeds_text"], f"{cell['rl_steps']:.1f}".removesuffix(".0")]
         row += [NONE if tokens is None else f"{tokens / 1000:,.1f}"]
         if not one_start:
             row.append(NONE if before is None else f"{100 * before.value:.1f}")
-        row += [shown(cell["after"].get(label)) for label in measures]
+        row += [shown(cell["after"].get(label)) for label in columns]
         if kept:
             row.append(NONE if cell["retention"] is None else f"{100 * cell['retention']:.1f}")
         if compared and paired is None:
@@ -80,6 +102,22 @@ def table(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             row += [shown(paired["difference"], signed=True), probability(paired["p"]), probability(paired["p_holm"])]
         rows.append(row)
     return heads, rows
+
+
+def baselines(comparison: Mapping[str, Any]) -> list[str]:
+    """The cells that others are compared with, in their order."""
+    named = {cell["baseline"] for cell in comparison["cells"] if cell["paired"] is not None}
+    return [cell["label"] for cell in comparison["cells"] if cell["label"] in named]
+
+
+def empty_rows(comparison: Mapping[str, Any], columns: int) -> list[list[str]]:
+    """A row of dashes for each cell of which no run is finished; ``columns`` are those of ``table``."""
+    return [[one["label"], one["seeds"], *[NONE] * (columns - 2)] for one in comparison["empty"]]
+
+
+def _whole(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    heads, rows = table(comparison)
+    return heads, rows + empty_rows(comparison, len(heads))
 
 
 def _alike(one: Mapping[str, Interval | None], two: Mapping[str, Interval | None]) -> bool:
@@ -96,9 +134,18 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
     ]
     if any(cell["retention"] is not None for cell in comparison["cells"]):
         lines.append("Kept: accuracy on mastered concepts after training, divided by that before.")
-    if comparison["baseline"] is not None:
+    if any("/retained" in label for cell in comparison["cells"] for label in cell["after"]):
+        lines.append(
+            "Retained with K irrelevant concepts: of the problems solved without them, the share that is still solved "
+            "with them before the question (RUD_K)."
+        )
+    if comparison["baseline"] is not None or baselines(comparison):
         tests = sum(cell["paired"] is not None and cell["paired"]["p"] is not None for cell in comparison["cells"])
-        text = f"Differences are in {label} to {comparison['baseline']}, paired by seed and by concept"
+        to = comparison["baseline"]
+        if to is None:
+            pairs = [f"{c['label']} to {c['baseline']}" for c in comparison["cells"] if c["paired"] is not None]
+            to = f"a baseline of the same kind ({'; '.join(pairs)})"
+        text = f"Differences are in {label} to {to}, paired by seed and by concept"
         if tests:
             text += (
                 "; p is that of a paired t-test over seeds, concepts taken as given, so that it may disagree with the "
@@ -147,11 +194,11 @@ def plain(estimate: Interval | None) -> str:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """The whole ``table.md``: title, table, legend, notes and the runs that are not in it."""
-    heads, rows = table(comparison)
-    lines = [f"# {comparison['title']}", ""]
+    """The whole ``table.md``: title, table, legend, notes and the runs that are not in it; no text becomes markup."""
+    heads, rows = _whole(comparison)
+    lines = [f"# {escape(' '.join(comparison['title'].split()))}", ""]
     lines += [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1)), *(_line(row) for row in rows), ""]
-    lines += legend(comparison)
+    lines += [escape(line) for line in legend(comparison)]
     if "final" in comparison:
         heads, rows = final_table(comparison)
         lines += ["", "## Training metrics, first and last", ""]
@@ -159,14 +206,19 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         lines.append(final_legend(comparison))
     for name, items in (("Notes", comparison["notes"]), ("Not in the table", absent(comparison))):
         if items:
-            lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
+            lines += ["", f"## {name}", "", *(f"- {escape(item)}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Plain text as Markdown shows it."""
+    return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
     """The same for a terminal, in tables that are narrow enough for one: accuracies, everything else, metrics."""
-    heads, rows = table(comparison)
-    accuracies = [i for i, head in enumerate(heads) if head.endswith("accuracy (%)")]
+    heads, rows = _whole(comparison)
+    accuracies = [i for i, head in enumerate(heads) if _OF_A_SET.search(head)]
     found = []
     for title, columns in (
         (f"{comparison['title']}: after training", accuracies),
@@ -196,11 +248,15 @@ def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
 
 
 def absent(comparison: Mapping[str, Any]) -> list[str]:
-    """The runs that are in no cell, how they stand, and why."""
-    return [
-        f"{run['folder']}: {', '.join(filter(None, (run['state'], run['why'])))}" for run in comparison["unfinished"]
-    ]
+    """The runs that are in no cell, how they stand, why, and where they belong as far as that is known."""
+    found = []
+    for run in comparison["unfinished"]:
+        place = [f"cell {run['cell']}"] if run.get("cell") is not None else []
+        place += [f"seed {run['seed']}"] if run.get("seed") is not None else []
+        where = f" ({', '.join(place)})" if place else ""
+        found.append(f"{run['folder']}{where}: {', '.join(filter(None, (run['state'], run['why'])))}")
+    return found
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(escape(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -2,7 +2,8 @@
 
 A line is a cell: the mean over its seeds with the t-interval of that mean as a band. An interval from one or two seeds
 would be made of nearly nothing, so such a cell shows its seeds themselves, as thin lines. A cell has the colour that it
-has in ``comparison.png``. Shares are drawn in percent; the file holds them as they were logged, from 0 to 1.
+has in ``comparison.png``, and its name stands where its line ends. Shares are drawn in percent; the file holds them as
+they were logged, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core_torl.tracking.comparison_figures import COLOURS, DARK, save_figure
+from core_torl.tracking.comparison_figures import COLOURS, DARK, cut, label_ends, save_figure
 from core_torl.tracking.estimate import Estimate
 from core_torl.tracking.metrics import SHARE, STEP, find
 
@@ -30,7 +31,8 @@ AXES = {"rl_step": STEP, "samples": "train/samples", "sampled_tokens": "train/sa
 AXIS_WORDS = {"rl_step": "RL step", "samples": "sampled answer", "sampled_tokens": "sampled token"}
 BAND_FROM = 3  # seeds that a band needs
 FEW_POINTS = 12  # of a line over another axis than RL steps, whose points are then marked
-WIDTH = 11.0  # inches of the picture, 1210 pixels
+WIDTH = 10.0  # inches of the picture without the names at the ends of lines
+LETTER = 0.085  # inches of a letter of such a name
 _UNITS = {"s": "seconds", "count": "number", "1": ""}
 _SMALL = 11.5  # points
 
@@ -97,10 +99,12 @@ def curves_figure(
         raise ValueError("nothing to draw: no lines")
     columns = min(2, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    entries = _legend(lines, colours, confidence)
-    legend_columns = max(1, int(10.5 * WIDTH) // (max(len(entry.get_label()) for entry in entries) + 7))
+    entries = _legend(lines, confidence)
+    width = WIDTH + columns * LETTER * max(len(cut(cell)) for cell in colours)
+    legend_columns = max(1, int(10.5 * width) // (max(len(entry.get_label()) for entry in entries) + 7))
     legend_rows = math.ceil(len(entries) / legend_columns)
-    height = 0.8 + (4.2 if columns == 1 else 3.4) * rows + 0.27 * legend_rows
+    tall = 4.2 if columns == 1 else 3.4
+    height = 0.8 + tall * rows + 0.27 * legend_rows
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -109,22 +113,31 @@ def curves_figure(
                 axes.remove()
                 continue
             own = [line for line in lines if line.metric == metrics[place]]
-            draw_panel(axes, metrics[place], own, colours, 92 if columns == 1 else 42, axis)
+            draw_panel(axes, metrics[place], own, colours, 92 if columns == 1 else 42, tall, axis)
             # Below the last panel of each column, which is not in the last row where their number is odd.
             if place + columns >= len(metrics):
                 words = "moving average of {} steps in each run" if axis == "rl_step" else "mean of {} RL steps"
                 average = f" ({words.format(window)})" if window > 1 else ""
-                axes.set_xlabel(f"{AXIS_WORDS[axis]}{'' if axis == 'rl_step' else 's'}{average}")
+                axes.set_xlabel(f"{AXIS_WORDS[axis]}{'' if axis == 'rl_step' else 's'}{average}", loc="left")
                 axes.tick_params(labelbottom=True)
         figure.legend(handles=entries, loc="outside lower left", ncols=legend_columns, fontsize=_SMALL)
 
-    return save_figure(draw, path, title, (WIDTH, height))
+    return save_figure(draw, path, title, (width, height))
 
 
 def draw_panel(
-    axes: Axes, metric: str, lines: Sequence[Line], colours: Mapping[str, str], wide: int, axis: str = "rl_step"
+    axes: Axes,
+    metric: str,
+    lines: Sequence[Line],
+    colours: Mapping[str, str],
+    wide: int,
+    tall: float,
+    axis: str = "rl_step",
 ) -> None:
-    """One metric: what it says above the panel in at most two lines of ``wide`` letters, and its name below that."""
+    """One metric: what it says above the panel in at most two lines of ``wide`` letters, and its name below that.
+
+    ``tall`` is the height of the panel in inches, with what stands around it.
+    """
     from matplotlib.ticker import MaxNLocator
 
     known = find(metric)
@@ -160,6 +173,15 @@ def draw_panel(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     if axis != "rl_step":
         axes.xaxis.set_major_formatter("{x:,.0f}")
+    label_ends(axes, [(x, scale * y, cut(cell), colours[cell]) for cell, (x, y) in _ends(lines).items()], tall)
+
+
+def _ends(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
+    """Where the name of each cell points to: the end of its line, of lone runs that of the one in the middle."""
+    ends: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        ends.setdefault(line.cell, []).append((line.points[-1][0], line.points[-1][1].value))
+    return {cell: sorted(found, key=lambda end: end[1])[len(found) // 2] for cell, found in ends.items()}
 
 
 def _heading(meaning: str, wide: int) -> str:
@@ -168,18 +190,13 @@ def _heading(meaning: str, wide: int) -> str:
     return "\n".join(textwrap.wrap(short, wide, max_lines=2, placeholder=" …"))
 
 
-def _legend(lines: Sequence[Line], colours: Mapping[str, str], confidence: float) -> list[Any]:
+def _legend(lines: Sequence[Line], confidence: float) -> list[Any]:
+    """What bands and thin lines are; which cell a line belongs to stands at its end."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    drawn = {line.cell for line in lines}
-    means = {line.cell for line in lines if line.seed is None}
-    found: list[Any] = [
-        Line2D([], [], color=colour, linewidth=2.0 if cell in means else 1.0, label=cell)
-        for cell, colour in colours.items()
-        if cell in drawn
-    ]
-    if means:
+    found: list[Any] = []
+    if any(line.seed is None for line in lines):
         level = f"{100 * confidence:g} %"
         words = f"band: {level} t-interval of the mean over seeds"
         found.append(Patch(color=DARK, alpha=0.25, linewidth=0, label=words))

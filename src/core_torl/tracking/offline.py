@@ -19,6 +19,7 @@ from typing import Any
 
 from core_torl.tracking.metrics import AXES
 
+MARK = b":W&B"
 HEADER = struct.Struct("<4sHB")
 PIECE = struct.Struct("<IHB")
 BLOCK_BYTES = 32 * 1024
@@ -108,8 +109,10 @@ class _Damaged(ValueError):
 
 def _records(data: bytes, path: Path) -> Iterator[bytes]:
     """The bytes of each whole record, in order. Raises _Damaged where the file is torn."""
-    if len(data) < HEADER.size or not data.startswith(b":W&B"):
+    if not data.startswith(MARK[: len(data)]):
         raise ValueError(f"{path} is no .wandb file")
+    if len(data) < HEADER.size:  # killed within its first bytes
+        raise _Damaged(f"torn header of {len(data)} bytes")
     at, pieces = HEADER.size, b""
     while at < len(data):
         room = BLOCK_BYTES - at % BLOCK_BYTES
