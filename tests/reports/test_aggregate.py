@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyarrow import parquet
 
 from core_torl.reports.aggregate import gathered, is_clock, same_results
 from core_torl.reports.finished import Run
+from core_torl.reports.histories import logged
 from core_torl.reports.sources import find_runs
 from core_torl.tracking.mirror import read_jsonl
 
@@ -236,3 +238,29 @@ def test_integers_too_long_for_a_column_and_numbers_of_two_kinds():
         rows = {row["folder"]: row for row in found.table.to_pylist()}
     assert rows["/a"]["config/long"] == str(2**70) and rows["/a"]["config/mixed"] == 1.0
     assert rows["/a"]["config/flag"] is True and rows["/b"]["config/flag"] is None
+
+
+def test_each_run_is_read_once_and_only_what_is_shown_is_kept(tmp_path: Path):
+    """What all runs logged may be gigabytes: never are the rows of two runs in memory at a time."""
+    read: list[weakref.ref[Any]] = []
+
+    class Rows(list[Any]):
+        pass
+
+    def history() -> list[dict[str, Any]]:
+        assert not [ref for ref in read if ref() is not None], "the rows of the run before are still there"
+        rows = Rows({"train/rl_step": k, "reward/accuracy": 0.5, "a": 1.0, "b": 2.0, "c": math.nan} for k in (1, 2))
+        read.append(weakref.ref(rows))
+        return rows
+
+    runs = [
+        Run(Path(f"/{seed}"), {"run": {"seed": seed, "config": {}, "choices": {}}}, history=history)
+        for seed in range(3)
+    ]
+    with gathered(runs, [], ["a"], []) as found:
+        found.write(tmp_path)
+    assert len(read) == 3
+    assert set(found.histories[Path("/1")][0]) == {"train/rl_step", "reward/accuracy", "a"}
+    assert logged(found.histories) == {"reward/accuracy", "a", "b"}, "names are known of all metrics"
+    rows = parquet.read_table(tmp_path / "curves.parquet").to_pylist()
+    assert len(rows) == 3 * 2 * 4 and {row["metric"] for row in rows} == {"reward/accuracy", "a", "b", "c"}

@@ -163,7 +163,7 @@ def test_sets_are_all_without_primed_ones():
 
 
 def test_sets_with_a_star_are_those_that_match():
-    rows = dict.fromkeys([f"gap_distractors{k}/greedy" for k in (1, 10, 2)], (0.5, 0.5))
+    rows: dict[str, tuple[float | None, ...]] = {f"gap_distractors{k}/greedy": (0.5, 0.5) for k in (1, 10, 2)}
     names = ["gap", "gap_primed*", "nothing*", "gap_distractors*"]
     expected = ["gap", "gap_primed", "gap_distractors1", "gap_distractors2", "gap_distractors10"]
     assert find_sets([run(sets=SETS | rows)], "greedy", names) == expected

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from core_torl.reports.comparing import WRITTEN
+from core_torl.reports.drawing import picture
+from core_torl.reports.finished import group
+from core_torl.reports.numbers import compare
 from core_torl.reports.sources import find_runs
 
 from ..config.conftest import run_batch
@@ -122,6 +126,138 @@ def test_without_a_baseline_nothing_is_compared(sweep: Path, report):
     _, _, _, where = report(f"runs={sweep}")
     text = (where / "table.md").read_text()
     assert "difference" not in text and "| p |" not in text and "# sweep" in text
+
+
+def add_distractors(folder: Path, retained: dict[int, list[tuple[float | None, float]]]) -> None:
+    """K -> (share, problems solved without distractors) of each concept, as an evaluation writes them."""
+    results = json.loads((folder / "results.json").read_text())
+    for k, concepts in retained.items():
+        results["per_concept"] += [
+            {"set": f"gap_distractors{k}", "decoding": "greedy", "concept": f"c{i}", "n": 8, "accuracy": 0.1,
+             "robust_accuracy": 0.1, "n_robust": 8, "retained": share, "n_retained": solved}
+            for i, (share, solved) in enumerate(concepts)
+        ]  # fmt: skip
+        whole = sum(solved for _, solved in concepts)
+        value = sum(share * solved for share, solved in concepts if share is not None) / whole
+        results["after"][f"gap_distractors{k}/greedy/retained"] = {
+            "value": value, "low": 0.0, "high": 1.0, "n": whole, "method": "bootstrap"
+        }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_what_is_retained_with_distractors(sweep: Path, report):
+    """RUD_K: concepts weigh what was solved of them without distractors; one of which nothing was counts for nothing."""
+    for number in range(4):
+        high = 0.5 if number < 2 else 0.8
+        # 4 solved of which 2 (base), 1 of which all, none: (0.5 * 4 + 1) / 5 = 0.6 and 0.84
+        add_distractors(sweep / str(number), {1: [(high, 4), (1.0, 1), (None, 0)], 2: [(high / 2, 0.5)]})
+    code, _, err, where = report(f"runs={sweep}", "template=core", "by=[experiment]")
+    assert (code, err) == (0, "")
+    found = json.loads((where / "comparison.json").read_text())
+    assert found["sets"] == ["gap", "mastered", "gap_primed", "gap_distractors1", "gap_distractors2"]
+    one = "gap_distractors1/greedy/retained"
+    assert [c["after"][one]["value"] for c in found["cells"]] == pytest.approx([0.6, 0.84])
+    text = (where / "table.md").read_text()
+    head = text.splitlines()[2]
+    assert "gap primed accuracy (%) | gap retained with 1 irrelevant concept (%) | gap retained with 2 irr" in head
+    assert "of the problems solved without them" in text and "gap accuracy with" not in text
+    assert not any("another value in results.json" in note for note in found["notes"])
+    drawn = (where / "retained.svg").read_text()
+    assert "K, irrelevant concepts before the question" in drawn and "core/kl" in drawn
+    page = (where / "report.html").read_text()
+    assert 'data-metric="after/gap_distractors1/greedy/retained"' in page and "still solved with irrelevant" in page
+    assert report(f"runs={sweep}", f"headline={one}", "baseline=base")[0] == 0
+    pair = json.loads((where / "comparison.json").read_text())["cells"][1]["paired"]
+    assert pair["difference"]["value"] == pytest.approx(0.24)
+
+
+def test_cells_with_missing_runs_say_so(sweep: Path, report):
+    """Killed and failed runs are counted where they belong; a cell of which nothing is left keeps its row."""
+    for name, experiment, seed, error in (("8", "core/kl", 2, None), ("9", "core/cr", 4, "boom")):
+        folder = write(sweep / name, experiment, seed, [(0.3, 0.2, 2)])
+        (folder / "results.json").unlink()
+        tree = {"seed": seed, "rl_steps": 20, "variant": {"lr": 1e-3}}
+        (folder / ".hydra" / "config.yaml").write_text(json.dumps(tree))
+        choices = {"experiment": experiment, "variant": "grpo"}
+        (folder / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": {"runtime": {"choices": choices}}}))
+        record = {"app": "train", "state": "failed" if error else "killed", "error": error, "choices": choices}
+        (folder / "run.json").write_text(json.dumps(record))
+    code, out, err, where = report(f"runs={sweep}", "by=[experiment]", "template=core")
+    assert (code, err) == (0, "")
+    text, tex = (where / "table.md").read_text(), (where / "table.tex").read_text()
+    assert "| core/kl | 2 of 3 (1 killed) | 20 |" in text and "| core/cr | 0 of 1 (1 failed) | – | – |" in text
+    absent = f"{sweep / '9'} (cell core/cr, seed 4): failed, boom"
+    assert absent in text and f"% Not in the table: {absent}" in tex and "".join(absent.split()) in "".join(out.split())
+    assert "core/cr & 0 of 1 (1 failed) & --" in tex and "0 of 1 (1 failed)" in (
+        page := (where / "report.html").read_text()
+    )
+    assert "boom, cell core/cr, seed 4" in page
+    assert json.loads((where / "comparison.json").read_text())["empty"] == [
+        {"label": "core/cr", "seeds": "0 of 1 (1 failed)"}
+    ]
+
+
+def test_other_seeds_in_another_cell_are_noted_without_a_baseline(sweep: Path, report):
+    write(sweep / "9", "base", 2, [(0.3, 0.2, 2)])
+    _, _, _, where = report(f"runs={sweep}", "curves=[]")
+    notes = json.loads((where / "comparison.json").read_text())["notes"]
+    assert "Not all cells have the same seeds: base has 0, 1, 2; core/kl has 0, 1." in notes
+
+
+def test_each_cell_has_the_baseline_of_its_kind(tmp_path: Path, report):
+    """Two policies, base and core on each: differences are to base on the same policy, and the table says to which."""
+    for number, (experiment, path, robust) in enumerate(
+        [("core/base", "a", 0.1), ("core/kl", "a", 0.3), ("core/base", "b", 0.5), ("core/kl", "b", 0.9)]
+    ):
+        write(tmp_path / "s" / str(number), experiment, 0, [(0.9, robust, 2), (0.9, robust, 2)], model={"path": path})
+    code, _, err, where = report(f"runs={tmp_path / 's'}", "by=[experiment,model.path]", "template=core")
+    assert (code, err) == (0, "")
+    found = json.loads((where / "comparison.json").read_text())
+    pairs = {c["label"]: (c["baseline"], c["paired"]["difference"]["value"]) for c in found["cells"] if c["paired"]}
+    assert pairs == {
+        "core/kl path:a": ("core/base path:a", pytest.approx(0.2)),
+        "core/kl path:b": ("core/base path:b", pytest.approx(0.4)),
+    }
+    text = (where / "table.md").read_text()
+    assert text.count("(baseline)") == 2 and "core/kl path:b to core/base path:b" in text
+    page = " ".join((where / "report.html").read_text().split())
+    assert "of 2 cells" in page or "No cell differs from <b>the baseline of its kind</b>" in page
+
+
+def test_without_a_baseline_to_choose_a_note_says_so(tmp_path: Path, report):
+    for number, lr in enumerate((1e-3, 2e-3)):
+        write(tmp_path / "s" / str(number), "demo", 0, [(0.3, 0.2, 2)], variant={"lr": lr})
+    _, out, _, where = report(f"runs={tmp_path / 's'}", "template=core")
+    (note,) = [n for n in json.loads((where / "comparison.json").read_text())["notes"] if "No baseline" in n]
+    assert note.endswith("set baseline=LABEL. Cells: lr:0.001, lr:0.002.") and "No baseline was chosen" in out
+
+
+def test_texts_are_no_markup(tmp_path: Path, report):
+    """What Markdown and matplotlib would read as their own; a title with dollars ended the report."""
+    write(tmp_path / "s" / "a", "a_*b*_<i>x</i>|y", 0, [(0.3, 0.2, 2)], steps=20)
+    write(tmp_path / "s" / "b", "a_*b*_<i>x</i>|y", 1, [(0.3, 0.2, 2)], steps=21, rl_steps=9)
+    write(tmp_path / "s" / "c", "a_*b*_<i>x</i>|y", 2, [(0.3, 0.2, 2)], steps=21, rl_steps=9)
+    results = json.loads((tmp_path / "s" / "a" / "results.json").read_text())
+    results["run"]["config"]["rl_steps"] = 9
+    del results["last"]["train/sampled_tokens"]
+    (tmp_path / "s" / "a" / "results.json").write_text(json.dumps(results))
+    code, _, err, where = report(f"runs={tmp_path / 's'}", "title='for $5 \\oops$, _so_'")
+    assert (code, err) == (0, "")
+    text = (where / "table.md").read_text()
+    assert r"| a\_\*b\*\_\<i>x\</i>\|y | 3 | 20.7 | 21.8 |" in text, "20.667 RL steps, (21.5 + 22) / 2 thousand tokens"
+    assert text.startswith("# for $5") and r"\_so\_" in text
+    assert "tokens are those of 2 of its 3 runs only" in text
+
+
+def test_steps_repeated_after_a_restart_are_drawn_once(sweep: Path):
+    runs, _ = find_runs([sweep])
+    one = next(g for g in group(runs, ["experiment"]) if g.label == "base")
+    again = [{"train/rl_step": 2, "train/sampled_tokens": 2000, "reward/accuracy": 0.9}]
+    histories = {run.folder: [*run.rows(), *again] for run in runs}
+    label = "gap/greedy/robust_accuracy"
+    cells = compare([one], label, ["gap"], "greedy", None, 0.95, 0)["cells"]
+    drawn = picture(one, cells[0], label, "mastered/greedy/accuracy", histories).curves
+    assert [len(curve) for curve in drawn] == [20, 20] and (2000.0, 0.9) in drawn[0]
 
 
 def test_unfinished_runs_are_named_and_not_averaged(sweep: Path, report):
@@ -293,9 +429,42 @@ def test_cells_without_a_common_seed_are_refused(tmp_path: Path, report):
     assert "other against base: no seed with common concepts" in report(f"runs={tmp_path / 's'}", "baseline=base")[2]
 
 
-def test_broken_files_are_named(sweep: Path, report):
-    (sweep / "1" / "results.json").write_text("{")
-    assert f"{sweep / '1' / 'results.json'}: no JSON" in report(f"runs={sweep}")[2]
+def test_a_broken_file_costs_its_own_run_only(sweep: Path, report):
+    """Torn results, rows that are no JSON, an empty run.json: the others are compared, and the report names all."""
+    write(sweep / "4", "core/kl", 2, [(0.8, 0.6, 2)])
+    (sweep / "4" / "results.json").write_text("")
+    (sweep / "4" / "metrics.jsonl").write_text("no\n{}\n")
+    lines = (sweep / "3" / "metrics.jsonl").read_text().splitlines()
+    (sweep / "3" / "metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[1:], ""]))
+    (sweep / "2" / "run.json").write_text("")
+    code, _, err, where = report(f"runs={sweep}", "baseline=base", "curves=[reward/accuracy]")
+    assert code == 0, err
+    found = json.loads((where / "comparison.json").read_text())
+    assert [len(cell["seeds"]) for cell in found["cells"]] == [2, 2]
+    (left,) = found["unfinished"]
+    assert (left["state"], left["why"]) == ("unfinished", "results.json is no JSON")
+    broken = "{}: broken, its learning curve is missing (metrics.jsonl, line {}: no JSON"
+    starts = [broken.format(sweep / "3", 2), broken.format(sweep / "4", 1), f"{sweep / '2'}: run.json is no JSON."]
+    assert all(any(note.startswith(start) for note in found["notes"]) for start in starts), found["notes"]
+
+
+def test_files_of_an_earlier_report_do_not_stay(sweep: Path, report):
+    full = ("x=config/rl_steps", "curves=[reward/accuracy]", "wandb_report=json")
+    pytest.importorskip("wandb_workspaces")
+    _, _, err, where = report(f"runs={sweep}", *full)
+    assert err == ""
+    optional = {"line.png", "line.svg", "curves.png", "curves.svg", "curves.csv", "report.html", "wandb_report.json"}
+    first = {path.name for path in where.iterdir()}
+    assert optional < first <= set(WRITTEN), "the list of what may be written is whole"
+    (where / "mine.txt").write_text("")
+    report(f"runs={sweep}", "html=false", "curves=[]")
+    assert {path.name for path in where.iterdir()} == first - optional | {"mine.txt"}
+    # A report that cannot be made leaves the earlier one, unless it writes what runs there are.
+    assert report(f"runs={sweep}", "headline=gap/greedy/nothing")[0] == 2 and (where / "table.md").exists()
+    for path in sweep.glob("*/results.json"):
+        path.write_text("")
+    assert report(f"runs={sweep}")[0] == 2
+    assert {path.name for path in where.iterdir()} == {"runs.parquet", "curves.parquet", "mine.txt"}
 
 
 def test_it_starts_and_runs_without_torch(sweep: Path, tmp_path: Path):

@@ -68,6 +68,35 @@ def test_numbers_that_the_browser_has_are_those_of_the_parquet(story: Story, tmp
     assert len(shown) == 8 and all(text == f"{100 * float(value):.1f}" for text, value in shown)
 
 
+def test_the_page_of_a_report_has_the_numbers_of_its_own_parquet(tmp_path: Path, front_door, chromium):
+    """What the front door wrote, in one call: both files must tell the same of every run and of every cell."""
+    top = sweep(tmp_path / "sweep")
+    arguments = (f"runs={top}", "baseline=base", f"output={tmp_path / 'out'}", f"hydra.run.dir={tmp_path / 'h'}")
+    assert front_door("report", *arguments) == 0
+    rows = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
+    chromium.open(tmp_path / "out" / "report.html")
+    check_drawn(chromium)
+    found = chromium.run(
+        "[...document.querySelectorAll('[data-run],[data-cell]')].map(e => "
+        "[e.dataset.run || '', e.dataset.cell || '', e.dataset.metric, Number(e.dataset.value)])"
+    )
+    of_run = {(run, metric): value for run, _, metric, value in found if run}
+    of_cell = {(cell, metric): value for _, cell, metric, value in found if cell}
+    labels = [f"after/{name}/greedy/{m}" for name in ("gap", "mastered") for m in ("accuracy", "robust_accuracy")]
+    for row in rows:
+        assert {label: of_run[row["run"], label] for label in labels} == {label: row[label] for label in labels}
+        assert of_run[row["run"], "sampled_tokens"] == row["last/train/sampled_tokens"]
+    for cell in ("base", "core/kl"):
+        own = [row for row in rows if row["group/experiment"] == cell]
+        assert len(own) == 3
+        for label in labels:
+            mean = sum(row[label] for row in own) / len(own)
+            assert of_cell[cell, label] == pytest.approx(mean, abs=1e-12)
+        tokens = sum(row["last/train/sampled_tokens"] for row in own) / len(own)
+        assert of_cell[cell, "sampled_tokens"] == pytest.approx(tokens)
+    assert {run for run, *_ in found if run} == {row["run"] for row in rows}
+
+
 def test_a_table_is_sorted_by_a_click_and_its_first_row_stays(story: Story, tmp_path: Path, chromium):
     write_page(story, tmp_path / "page.html")
     chromium.open(tmp_path / "page.html")

@@ -113,7 +113,7 @@ def test_a_folder_of_offline_runs_and_a_single_one(tracked: Path, tmp_path: Path
 
 
 def test_a_run_that_ended_without_results_is_unfinished(tmp_path: Path):
-    config = {"seed": 3, "rl_steps": 4}
+    config = {"seed": 3, "rl_steps": 4, "choices": {"variant": "grpo"}}
     for name, code in (("failed", 1), ("ended", 0)):
         folder = write(tmp_path / name, "base", 3, GAP, steps=4)
         track(folder, config, finished=False, exit_code=code)
@@ -125,6 +125,7 @@ def test_a_run_that_ended_without_results_is_unfinished(tmp_path: Path):
     assert not runs
     assert found == {"failed": ("failed", "exit code 1"), "ended": ("unfinished", "no results.json")}
     assert {run.seed for run in unfinished} == {3} and len(unfinished[0].rows()) == 4
+    assert {run.choices["variant"] for run in unfinished} == {"grpo"}
 
 
 def test_the_parts_of_a_resumed_run_are_one_run(tmp_path: Path):
@@ -298,6 +299,8 @@ def test_a_project_on_a_server_gives_the_same_report(server: FakeApi, tmp_path: 
         )  # fmt: skip
         assert code == 0, capsys.readouterr().err
         files = {f: (tmp_path / f"{name}_" / f).read_text() for f in ("table.md", "curves.csv")}
+        # The cell of the server's unfinished runs, which has no number.
+        files["table.md"] = re.sub(r"\| experiment:none .*\n", "", files["table.md"])
         written[name] = {f: text.split("\n## Not in the table")[0].rstrip() for f, text in files.items()}
         rows = parquet.read_table(tmp_path / f"{name}_" / "runs.parquet").to_pylist()
         finished = [row for row in rows if row["state"] == "completed"]
@@ -313,9 +316,9 @@ def test_a_project_on_a_server_gives_the_same_report(server: FakeApi, tmp_path: 
     assert written["local"] == written["server"]
     absent = (tmp_path / "server_" / "table.md").read_text().split("## Not in the table\n\n")[1]
     assert absent.splitlines() == [
-        "- wandb://me/project/id4: killed, crashed in W&B, no results.json",
-        "- wandb://me/project/id5: failed, out of memory",
-        "- wandb://me/project/id6: running, running in W&B, no results.json",
+        "- wandb://me/project/id4 (cell experiment:none, seed 7): killed, crashed in W&B, no results.json",
+        "- wandb://me/project/id5 (cell experiment:none): failed, out of memory",
+        "- wandb://me/project/id6 (cell experiment:none): running, running in W&B, no results.json",
     ]
 
 

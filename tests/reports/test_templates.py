@@ -199,6 +199,21 @@ def test_the_report_of_a_sweep(name: str, by: list[str], request: pytest.Fixture
     assert (tmp_path / "out" / "report.html").exists() and "Not in the table" in capsys.readouterr().out
 
 
+def test_the_report_of_torl_runs_is_about_the_harder_set(torl: Path, tmp_path: Path):
+    for folder in sorted(torl.iterdir()):
+        text = (folder / "results.json").read_text()
+        (folder / "results.json").write_text(text.replace("gap", "one_stage").replace("mastered", "two_stage"))
+    report_of(torl, tmp_path / "out")
+    assert told(tmp_path / "out")["headline"] == "two_stage/sampled/accuracy"
+
+
+def test_a_terminal_has_room_for_all_test_sets(core: Path, report):
+    """With many sets the labels of the cells would be pushed out."""
+    code, out, _, _ = report(f"runs={core}", "sets=[gap,mastered,gap_primed]", "curves=[]")
+    assert code == 0 and "after training (more)" in out
+    assert sum(line.split()[1:2] == ["core_kl"] for line in out.splitlines()) == 3
+
+
 def test_it_leaves_a_running_hydra_as_it_was(core: Path, tmp_path: Path):
     register()
     with initialize_config_dir(conf_dir(), version_base=None):
@@ -208,11 +223,14 @@ def test_it_leaves_a_running_hydra_as_it_was(core: Path, tmp_path: Path):
 
 
 def test_the_report_of_a_sweep_keeps_all_runs_where_they_cannot_be_compared(tmp_path: Path):
-    for name in ("a", "b"):
-        write(tmp_path / "s" / name, "base", 0, GAP)
+    write(tmp_path / "s" / "a", "base", 0, GAP)
+    report_of(tmp_path / "s", tmp_path / "out")
+    write(tmp_path / "s" / "b", "base", 0, GAP)
     with pytest.raises(UserError, match="cell base has seed 0 twice"):
         report_of(tmp_path / "s", tmp_path / "out")
     assert parquet.read_table(tmp_path / "out" / "runs.parquet").num_rows == 2
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"runs.parquet", "curves.parquet"}, "nothing of the report before"
     with pytest.raises(UserError, match="no training run in it"):
         report_of(tmp_path / "out", tmp_path / "none")
 

@@ -137,7 +137,7 @@ def test_seeds_without_a_common_stretch_are_drawn_by_themselves(tmp_path: Path, 
 def test_a_dollar_is_no_formula(tmp_path: Path, drawn):
     """Half a formula of matplotlib's would end the report."""
     one = CellPicture(r"a $\frac$ b", None, estimate(0.5), [0.5], curves=cell(1).curves)
-    comparison_figure([one], tmp_path / "c.png", r"for $5 and $\oops$", r"h $\x$", one.label)
+    comparison_figure([one], tmp_path / "c.png", r"for $5 \oops$", r"h $\x$", one.label)
     line_figure({one.label: [(1.0, estimate(0.3))]}, tmp_path / "line.png", "$a_$", "config/x", "$h_$")
     assert texts_overlap(drawn[0]) == []
 
@@ -148,7 +148,7 @@ def test_what_is_retained_over_k(tmp_path: Path, drawn):
     png = figures.retained_figure({"gap": lines, "mastered": lines}, tmp_path / "retained.png", "t", colours)
     assert png.exists() and png.with_suffix(".svg").exists()
     assert [a.get_title("left") for a in drawn[0].axes] == [
-        "gap problems solved without them", "mastered problems solved without them"
+        f"{name}: problems that are solved with K = 0" for name in ("gap", "mastered")
     ]  # fmt: skip
     axes = drawn[0].axes[0]
     assert list(axes.lines[0].get_xdata()) == [1, 2, 3]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import os
 import sys
 import traceback
@@ -119,7 +120,10 @@ def run_app(
     try:
         sys.argv[1:] = replayed(sys.argv[1:], config_name)
         with _full_errors("1"):  # makes Hydra raise instead of printing and exiting
-            hydra.main(version_base=None, config_path=config_dir or conf_dir(), config_name=config_name)(job)()
+            place: dict[str, Any] = {"config_path": config_dir or conf_dir(), "config_name": config_name}
+            if "execution_whitelist" in inspect.signature(hydra.main).parameters:  # Hydra 1.4: for our own callback
+                place["execution_whitelist"] = ["core_torl.*", "hydra.*", "hydra_plugins.*", "logging.*"]
+            hydra.main(version_base=None, **place)(job)()
         close_boards("completed")
         _end_sweep(sweep_end, config_name)
     except SweepFailed as error:

@@ -1,7 +1,7 @@
 """The pictures of a comparison, drawn from its numbers: each as a PNG and as an SVG.
 
-``comparison`` is always drawn, ``line`` where there is an ``x``, ``retained`` where test sets have distractors, ``curves``
-where metrics were named. A cell has one colour in all of them but ``line``, whose lines are not cells.
+``comparison`` is always drawn, ``line`` where there is an ``x``, ``retained`` where test sets have distractors, and
+``curves`` where metrics were named. A cell has one colour in all of them but ``line``, whose lines are not cells.
 """
 
 from __future__ import annotations

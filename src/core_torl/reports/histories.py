@@ -66,24 +66,27 @@ def read_each(
     wanted = dict.fromkeys([*_ALWAYS, *metrics])
     for run in runs:
         try:
-            rows = run.rows()
+            _read_one(run, wanted, kept, take)
         except FileNotFoundError:
             if run.state == COMPLETED:
                 notes.append(f"{run.name} has no metrics.jsonl: its learning curve is missing.")
-            continue
+        except UserError:  # a server that fails
+            raise
         except ValueError as error:
-            if isinstance(error, UserError):  # a server that fails
-                raise
             broken = str(error).removeprefix(f"{run.folder}/")
             notes.append(f"{run.name}: broken, its learning curve is missing ({broken}).")
-            continue
-        if take is not None:
-            take(run, rows)
-        # The names as they are in `wanted`: each row has read its own.
-        kept[run.folder] = [{name: row[name] for name in wanted if name in row} for row in rows]
-        kept.names |= _finite(rows)
-        kept.last[run.folder] = next((row for row in reversed(rows) if AXES["samples"] in row), {})
     return kept
+
+
+def _read_one(run: Run, wanted: Iterable[str], kept: Kept, take: Callable[[Run, Rows], None] | None) -> None:
+    """A function of its own, so that the rows of a run are gone before those of the next are read."""
+    rows = run.rows()
+    if take is not None:
+        take(run, rows)
+    # The names as they are in `wanted`: each row has read its own.
+    kept[run.folder] = [{name: row[name] for name in wanted if name in row} for row in rows]
+    kept.names |= _finite(rows)
+    kept.last[run.folder] = next((row for row in reversed(rows) if AXES["samples"] in row), {})
 
 
 def present(key: str, names: Sequence[str], histories: Histories) -> list[str]:

@@ -94,9 +94,8 @@ def _seeds(groups: Sequence[Group]) -> str | None:
         found.setdefault(", ".join(map(str, sorted(one.runs))), []).append(one.label)
     if len(found) < 2:
         return None
-    most = max(found, key=lambda seeds: len(found[seeds]))
-    others = "; ".join(f"{', '.join(labels)}: {seeds}" for seeds, labels in found.items() if seeds != most)
-    return f"Not all cells have the same seeds: {most} in most of them; {others}."
+    each = "; ".join(f"{', '.join(own)} {'has' if len(own) == 1 else 'have'} {seeds}" for seeds, own in found.items())
+    return f"Not all cells have the same seeds: {each}."
 
 
 def _before(one: Group, label: str, confidence: float, seed: int) -> Estimate | None:

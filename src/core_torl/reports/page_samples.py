@@ -87,7 +87,9 @@ def cell_samples(one: Group) -> CellSamples:
     for seed, run in sorted(one.runs.items()):
         blocks = run_samples(run.folder, found.broken)
         if blocks:
-            found.runs.append(f"seed {seed}, {run.name}")
+            found.runs.append(
+                f"seed {seed}, {run.name}: the first seed that kept any, its samples at even distances and not chosen"
+            )
             found.blocks = blocks
             break
     return found

@@ -203,7 +203,11 @@ def absent_rows(story: Story) -> list[dict[str, str]]:
     found = {}
     for run in story.comparison["unfinished"]:
         state = aggregate.get(run["folder"], {}).get("state") or run.get("state") or "unfinished"
-        found[run["folder"]] = {"folder": run["folder"], "state": str(state), "why": run["why"]}
+        found[run["folder"]] = {
+            "folder": run["folder"],
+            "state": str(state),
+            "why": ", ".join(filter(None, (run["why"], tables.place(run)))),
+        }
     inside = {run.name for run in page_facts.all_runs(story)}
     for folder, row in aggregate.items():
         if folder not in inside and folder not in found:

@@ -24,6 +24,7 @@ from core_torl.tracking.offline import OfflineRun, find_file, read_run
 
 SCHEME = "wandb://"
 _STATES = {"running": "running", "crashed": "killed", "killed": "killed", "failed": "failed", "pending": "pending"}
+_CHOICES = "choices."
 _HOW = "write wandb://entity/project or wandb://entity/project/group"
 
 
@@ -60,7 +61,7 @@ def offline_run(parts: Sequence[Path]) -> Run | None:
     history = functools.partial(_offline_rows, tuple(parts))
     if results and not wrong:
         return Run(folder, results, record=record, history=history) if whole(results) else None
-    section = {"config": told.config, "choices": record.get("choices") or {}, "seed": told.config.get("seed")}
+    section = _section(told.config, record)
     if wrong or (not told.config and told.job_type in ("", "train")):
         why = "; ".join(wrong) or "killed before its config was logged"
         return Run(folder, {"run": section}, UNFINISHED, why, record=record, history=history)
@@ -70,6 +71,13 @@ def offline_run(parts: Sequence[Path]) -> Run | None:
     if not record.get("state") and told.exit_code is not None:
         state, why = (UNFINISHED, NO_RESULTS) if told.exit_code == 0 else ("failed", f"exit code {told.exit_code}")
     return Run(folder, {"run": section}, state, why, record=record, history=history)
+
+
+def _section(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an unfinished run; its W&B config holds the option of each config group as well."""
+    groups = {key.removeprefix(_CHOICES): value for key, value in config.items() if key.startswith(_CHOICES)}
+    own = {key: value for key, value in config.items() if not key.startswith(_CHOICES)}
+    return {"config": own, "choices": record.get("choices") or groups, "seed": config.get("seed")}
 
 
 def _read(part: Path, wrong: list[str]) -> OfflineRun:
@@ -164,9 +172,7 @@ def _online_run(source: str, one: Any) -> Run | None:
     if results and one.state == "finished":
         return Run(results=results, **where)
     config = dict(one.config)
-    section = (results or {}).get("run") or {
-        "config": config, "choices": record.get("choices") or {}, "seed": config.get("seed")
-    }  # fmt: skip
+    section = results.get("run") or _section(config, record)
     if "rl_steps" not in config or config.get("dry_run"):
         return None
     state = _STATES.get(one.state, UNFINISHED)

@@ -291,7 +291,7 @@ def retained_figure(
 
         for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             ends = _draw_lines(axes, lines, colours)
-            axes.set_title(words(f"{name} problems solved without them"), loc="left")
+            axes.set_title(words(f"{name}: problems that are solved with K = 0"), loc="left")
             axes.set_xlabel("K, irrelevant concepts before the question")
             axes.set_ylabel(f"still solved with them (%)\nband: {100 * confidence:g} % interval")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -25,6 +25,7 @@ _DISTRACTED = re.compile(r"(.+)_distractors(\d+)")
 # What Markdown would take for markup; an underline between letters, and a < before a number, is none.
 _MARKUP = re.compile(r"[\\*`~]|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|\[(?=[^\]]*\]\()|&(?=#?\w+;)")
 
+_WIDE = 4  # columns of accuracies with intervals that a terminal has room for
 _OF_A_SET = re.compile(r"(accuracy|retained)( with \d+ irrelevant concepts?)? \(%\)$")  # the head of such a column
 
 
@@ -220,8 +221,9 @@ def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
     heads, rows = _whole(comparison)
     accuracies = [i for i, head in enumerate(heads) if _OF_A_SET.search(head)]
     found = []
+    parts = [accuracies[i : i + _WIDE] for i in range(0, len(accuracies), _WIDE)]
     for title, columns in (
-        (f"{comparison['title']}: after training", accuracies),
+        *((f"{comparison['title']}: after training{' (more)' if i else ''}", own) for i, own in enumerate(parts)),
         ("before training, cost and comparison", [i for i in range(1, len(heads)) if i not in accuracies]),
     ):
         result = Table(title=title, title_justify="left")
@@ -249,13 +251,16 @@ def rich_tables(comparison: Mapping[str, Any]) -> list[Table]:
 
 def absent(comparison: Mapping[str, Any]) -> list[str]:
     """The runs that are in no cell, how they stand, why, and where they belong as far as that is known."""
-    found = []
-    for run in comparison["unfinished"]:
-        place = [f"cell {run['cell']}"] if run.get("cell") is not None else []
-        place += [f"seed {run['seed']}"] if run.get("seed") is not None else []
-        where = f" ({', '.join(place)})" if place else ""
-        found.append(f"{run['folder']}{where}: {', '.join(filter(None, (run['state'], run['why'])))}")
-    return found
+    return [
+        f"{run['folder']}{f' ({where})' if (where := place(run)) else ''}: "
+        f"{', '.join(filter(None, (run['state'], run['why'])))}"
+        for run in comparison["unfinished"]
+    ]
+
+
+def place(run: Mapping[str, Any]) -> str:
+    """``cell core/kl, seed 3`` of an unfinished run, as far as it is known."""
+    return ", ".join(f"{name} {run[name]}" for name in ("cell", "seed") if run.get(name) is not None)
 
 
 def _line(cells: Sequence[str]) -> str:
