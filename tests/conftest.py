@@ -7,6 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: begun last, one of them would keep one worker busy and the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 WORDS = ["What", "is", "the", "sum", "of", "and", "?", ".", ":", "Question", "Answer", "trace", "matrix"]
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from core_torl.config.errors import UserError
 from core_torl.launch.jobs import Job
 from core_torl.launch.plugin import command_of, gpu_slots, quoted
+from core_torl.launch.processes import JobProcess
 
 from .conftest import APP, Sweep, processes_of
 
@@ -258,6 +259,16 @@ def test_mistakes_read_as_one_line(sweep: Sweep, override: str, says: str, monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert sweep("seed=0", override) == 2
     assert says in sweep.out and len(sweep.out.strip().splitlines()) == 1
+
+
+def test_a_job_shares_no_rank_port_run_or_service_with_its_launcher(tmp_path: Path, monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_PORT", "WANDB_RUN_ID", "WANDB_SERVICE", "SLURM_NTASKS", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "of the launcher")
+    monkeypatch.setenv("WANDB_API_KEY", "kept")
+    job = JobProcess([sys.executable, "-c", "import os; print(dict(os.environ))"], tmp_path / "log", {"OWN": "1"})
+    wait_for(lambda: job.poll() is not None)
+    text = (tmp_path / "log").read_text()
+    assert "of the launcher" not in text and "'WANDB_API_KEY': 'kept'" in text and "'OWN': '1'" in text
 
 
 # ---- without processes -------------------------------------------------------------------------------------------

@@ -91,7 +91,6 @@ class SubprocessLauncher(Launcher):
             lock(sweep)
             self._board = Board(sweep, str(hydra.job.config_name), len(self.slots))
             _boards.append(self._board)
-        log.info(f"checking {len(job_overrides)} jobs")
         jobs = plan(self._compose, sweep, job_overrides, initial_job_idx, self._check, self.take_over)
         self._board.add(jobs)
         skipped, other = sum(job.state == "skipped" for job in jobs), sum(job.other_code for job in jobs)

@@ -21,11 +21,11 @@ PARENT = "CORE_TORL_LAUNCHER"  # process id of the launcher, for the job
 IDENTITY = "CORE_TORL_IDENTITY"  # what the launcher takes the job for
 LEFTOVERS_S = 5.0  # how long what a job started may go on after it, to write its last bytes
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-# A rank, port or run id that the launcher itself was given must not be shared by all of its jobs; how errors are shown
-# is changed within a front door and told to jobs by it.
+# A rank, port, run id or W&B service that the launcher itself has must not be shared by all of its jobs: a service that
+# outlives a killed job keeps its run id. How errors are shown is changed within a front door and told to jobs by it.
 _OWN = (
     "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_RUN_ID", "HYDRA_FULL_ERROR",
-    "GROUP_RANK", "LOCAL_WORLD_SIZE", "WANDB_RESUME", "WANDB_NAME",
+    "GROUP_RANK", "LOCAL_WORLD_SIZE", "WANDB_RESUME", "WANDB_NAME", "WANDB_SERVICE",
     "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",  # a job starts its own ranks
 )  # fmt: skip
 
