@@ -16,6 +16,7 @@ from core_torl.config.errors import UserError, nearest, one_line
 from .conftest import run_batch
 
 RUN = "hydra.run.dir=run"
+SWEEPS = Path(__file__).parents[2] / "sweeps"
 # id -> (front door, arguments, what the line must hold)
 EARLY: dict[str, tuple[str, list[str], list[str]]] = {
     "option": ("train", ["variant=core_bse"], ["variant=core_bse", "Did you mean 'core_base'?", "Available: "]),
@@ -50,6 +51,7 @@ EARLY: dict[str, tuple[str, list[str], list[str]]] = {
     "brace": ("train", ["logger.name=a}"], ["'logger.name=a}'", "quotes"]),
     "no value": ("train", ["variant.lr"], ["'variant.lr'", "write key=value"]),
     "interpolation": ("train", ["trainer.devices=${nope}"], ["trainer.devices: ", "nope"]),
+    "sweep's name": ("train", ["-cd", str(SWEEPS), "-cn", "smok"], ["--config-name smok", "Did you mean 'smoke'?"]),
     "config name": ("train", ["-cn", "trian"], ["--config-name trian", "Did you mean 'train'?"]),
     "config folder": ("train", ["-cd", "nowhere"], ["--config-dir ", "nowhere: no such folder"]),
     "no data path": ("train", ["data=core_quizzes"], ["data.path has no value: set data.path=..."]),

@@ -110,7 +110,9 @@ def _recipes(group: str) -> list[str]:
 def _unknown_config(text: str) -> str | None:
     found = re.search(r"Cannot find primary config '([^']+)'", text)
     if found:
-        there = sorted(p.stem for p in Path(conf_dir()).glob("*.yaml"))
+        # A folder that --config-dir names, sweeps say, is where the misspelt name most likely is.
+        given = re.findall(r"provider=command-line, path=file://(\S+)", text)
+        there = sorted(p.stem for folder in given or [conf_dir()] for p in Path(folder).glob("*.yaml"))
         return f"--config-name {found[1]}: no such config.{nearest(found[1], there)} Available: {', '.join(there)}"
     found = re.search(r"Additional config directory '([^']+)' not found", text)
     return f"--config-dir {found[1]}: no such folder" if found else None
