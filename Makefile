@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-HYDRA14 ?= tests/config/test_cli.py tests/launch/test_reproduce.py \
+HYDRA14 ?= tests/launch/test_reproduce.py \
   'tests/launch/test_training_sweep.py::test_a_sweep_of_two_ranks_trains_each_job_once'
 BENCH ?= $(sort $(wildcard benchmarks/*.py))
 

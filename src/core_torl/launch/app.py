@@ -123,8 +123,7 @@ def run_app(
             place: dict[str, Any] = {"config_path": config_dir or conf_dir(), "config_name": config_name}
             if "execution_whitelist" in inspect.signature(hydra.main).parameters:  # Hydra 1.4: for our own callback
                 place["execution_whitelist"] = ["core_torl.*", "hydra.*", "hydra_plugins.*", "logging.*"]
-            with _quick_help(sys.argv[1:]):
-                hydra.main(version_base=None, **place)(job)()
+            hydra.main(version_base=None, **place)(job)()
         close_boards("completed")
         _end_sweep(sweep_end, config_name)
     except SweepFailed as error:
@@ -241,34 +240,6 @@ def _end_sweep(sweep_end: Callable[[Path], None] | None, config_name: str) -> No
         except Exception as error:  # noqa: BLE001 - told in full; every job is done and on disk
             traceback.print_exc()
             print(f"core-torl: no report of {folder} ({type(error).__name__}); all results are there", file=sys.stderr)
-
-
-_HELP = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc"}
-
-
-@contextmanager
-def _quick_help(arguments: list[str]) -> Iterator[None]:
-    """Where options are only listed, let Hydra 1.3 read its configs once, not once a group: one second, not six."""
-    import hydra
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    name = "_parse_overrides_and_create_caching_repo"
-    if not _HELP & set(arguments) or not hydra.__version__.startswith("1.3.") or not hasattr(ConfigLoaderImpl, name):
-        yield  # 1.4 does so by itself
-        return
-    make, made = getattr(ConfigLoaderImpl, name), {}
-
-    def once(loader: Any, config_name: str | None, overrides: list[str]) -> Any:
-        key = (id(loader), config_name, *overrides)
-        if key not in made:
-            made[key] = make(loader, config_name, overrides)
-        return made[key]
-
-    setattr(ConfigLoaderImpl, name, once)
-    try:
-        yield
-    finally:
-        setattr(ConfigLoaderImpl, name, make)
 
 
 @contextmanager
