@@ -54,8 +54,9 @@ browser:  ## install chromium with apt-get, if no browser is there and that is p
 	  { apt-get install -qq -y chromium || { apt-get update -qq && apt-get install -qq -y chromium; }; } >/dev/null 2>&1; fi; \
 	command -v chromium >/dev/null || echo "no browser could be installed; the tests that open the report's page will be skipped"
 
+# Files in our order (tests/conftest.py), not the fullest first: a few tests that start processes take the longest.
 test: $(VENV)/.dev  ## run the test suite (ARGS='tests/config -k errors' for a part of it)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Hydra 1.4 lies beside the installed 1.3 and is taken in its place: composing, launching, repeating, two ranks.
 test-hydra14: $(VENV)/.dev  ## run the tests of configs and sweeps under Hydra 1.4

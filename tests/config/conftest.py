@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -47,3 +48,25 @@ def run_batch(commands: Iterable[tuple[str, Sequence[str]]], folder: Path, **env
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def keys_without_comment(path: Path) -> list[str]:
+    """Line and name of each key of a YAML file without a comment above it.
+
+    Except ``defaults``, ``_target_`` and headings, whose keys have comments of their own.
+    """
+    lines = path.read_text().splitlines()
+    bare, in_defaults = [], False
+    for number, line in enumerate(lines):
+        found = re.match(r"( *)([\w.]+):(\s.*|)$", line)
+        if not found:
+            continue
+        indent, key, value = found[1], found[2], found[3].strip()
+        in_defaults = key == "defaults" or (in_defaults and bool(indent))
+        following = next((x for x in lines[number + 1 :] if x.strip() and not x.lstrip().startswith("#")), "")
+        heading = not value and following.startswith(indent + "  ") and not following.strip().startswith("- ")
+        above = lines[number - 1].strip() if number else ""
+        commented = above.startswith("#") and not above.startswith("# @")
+        if not in_defaults and key != "_target_" and not heading and not commented:
+            bare.append(f"{path.name}:{number + 1} {key}")
+    return bare

@@ -14,6 +14,8 @@ from core_torl.config.checks import check_evaluate, check_report, check_train, c
 from core_torl.config.paths import conf_dir
 from core_torl.config.schema import register
 
+from .conftest import keys_without_comment
+
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
@@ -97,22 +99,7 @@ def test_global_files_say_so_and_others_do_not(file: Path):
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_key_has_a_comment_above_it(file: Path):
-    """Except ``defaults``, ``_target_`` and headings, whose keys have comments of their own."""
-    lines = (CONF / file).read_text().splitlines()
-    bare, in_defaults = [], False
-    for number, line in enumerate(lines):
-        found = re.match(r"( *)([\w.]+):(\s.*|)$", line)
-        if not found:
-            continue
-        indent, key, value = found[1], found[2], found[3].strip()
-        in_defaults = key == "defaults" or (in_defaults and bool(indent))
-        following = next((x for x in lines[number + 1 :] if x.strip() and not x.lstrip().startswith("#")), "")
-        heading = not value and following.startswith(indent + "  ")
-        above = lines[number - 1].strip() if number else ""
-        commented = above.startswith("#") and not above.startswith("# @")
-        if not in_defaults and key != "_target_" and not heading and not commented:
-            bare.append(f"{file}:{number + 1} {key}")
-    assert not bare
+    assert keys_without_comment(CONF / file) == []
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GLOBAL], ids=str)

@@ -76,17 +76,6 @@ def sweep(tmp_path: Path) -> Path:
     return top
 
 
-@pytest.fixture
-def report(front_door, tmp_path: Path, capsys):
-    def run(*arguments: str) -> tuple[int, str, str, Path]:
-        where = tmp_path / "report"
-        code = front_door("report", f"output={where}", f"hydra.run.dir={tmp_path / 'hydra'}", *arguments)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err, where
-
-    return run
-
-
 def test_numbers_are_those_by_hand(sweep: Path, report):
     code, out, err, where = report(f"runs={sweep}", "baseline=base", "title=A title", "curves=[]")
     assert (code, err) == (0, "")

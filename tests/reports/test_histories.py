@@ -168,17 +168,6 @@ def test_first_and_last_of_one_seed_gaps_and_short_runs():
 
 
 @pytest.fixture
-def report(front_door, tmp_path: Path, capsys):
-    def run(*arguments: str) -> tuple[int, str, str, Path]:
-        where = tmp_path / "report"
-        code = front_door("report", f"output={where}", f"hydra.run.dir={tmp_path / 'hydra'}", *arguments)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err, where
-
-    return run
-
-
-@pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """Three seeds of base and two of core, 20 steps: reward/accuracy is k / 40 in all of them, core alone uses tools."""
     top = tmp_path / "sweep"

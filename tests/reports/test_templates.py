@@ -57,17 +57,6 @@ def torl(tmp_path: Path) -> Path:
     return top
 
 
-@pytest.fixture
-def report(front_door, tmp_path: Path, capsys):
-    def run(*arguments: str) -> tuple[int, str, str, Path]:
-        where = tmp_path / "report"
-        code = front_door("report", f"output={where}", f"hydra.run.dir={tmp_path / 'hydra'}", *arguments)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err, where
-
-    return run
-
-
 def told(where: Path) -> dict[str, Any]:
     return json.loads((where / "comparison.json").read_text())
 

@@ -42,6 +42,7 @@ def step(callback: RolloutTables, module: Module, *groups: Group) -> list[str]:
     """One RL step; the uids in its table of newly solved problems."""
     module.rl_step += 1
     module.last_sampled = list(groups)
+    callback.on_train_start(SimpleNamespace(), module)
     callback.on_train_batch_end(SimpleNamespace(), module, None, None, 0)
     rows = callback.tracker.logged.get(module.rl_step, {}).get("newly_solved", [])
     return [row["problem"].partition("]")[0][1:] for row in rows]

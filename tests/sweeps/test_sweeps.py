@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core_torl.config.checks import check_report
 from core_torl.config.schema import register
+from tests.config.conftest import keys_without_comment
 from tests.config.test_compose import CHECKS, CONF, ROOT, composed
 
 FILES = sorted((ROOT / "sweeps").rglob("*.yaml"))
@@ -160,20 +161,7 @@ def test_the_header_has_the_command_and_a_report_that_composes(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_key_has_a_comment_above_it(path: Path):
-    """Except ``defaults`` and headings, whose keys have comments of their own."""
-    lines = path.read_text().splitlines()
-    bare, in_defaults = [], False
-    for number, line in enumerate(lines):
-        found = re.match(r"( *)([\w.]+):(\s.*|)$", line)
-        if not found:
-            continue
-        indent, key, value = found[1], found[2], found[3].strip()
-        in_defaults = key == "defaults" or (in_defaults and bool(indent))
-        following = next((x for x in lines[number + 1 :] if x.strip() and not x.lstrip().startswith("#")), "")
-        heading = not value and following.startswith(indent + "  ") and not following.strip().startswith("- ")
-        if not in_defaults and not heading and not lines[number - 1].strip().startswith("#"):
-            bare.append(f"{path.name}:{number + 1} {key}")
-    assert not bare
+    assert keys_without_comment(path) == []
 
 
 def test_without_optuna_a_search_is_refused_in_one_line_that_says_what_to_install(tmp_path: Path):

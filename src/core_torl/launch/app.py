@@ -35,8 +35,6 @@ from core_torl.launch.search import continue_search
 # What a place to write to can be refused for. Any other OSError is no mistake in a configuration.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _UNWRITABLE = {*_FULL, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-
-
 _sweeps: list[Path] = []  # folders of the sweeps that this process has started
 
 
@@ -125,11 +123,11 @@ def run_app(
                 place["execution_whitelist"] = ["core_torl.*", "hydra.*", "hydra_plugins.*", "logging.*"]
             hydra.main(version_base=None, **place)(job)()
         close_boards("completed")
-        _end_sweep(sweep_end, config_name)
+        _end_sweep(sweep_end)
     except SweepFailed as error:
         close_boards("failed")
         print(f"core-torl: {error}", file=sys.stderr)
-        _end_sweep(sweep_end, config_name)
+        _end_sweep(sweep_end)
         sys.exit(1)
     except SweepRefused as error:
         if asked == "1" or not isinstance(error.__cause__, UserError):
@@ -153,7 +151,7 @@ def run_app(
         except SystemExit:
             if not in_sweep:
                 raise
-            _end_sweep(sweep_end, config_name)
+            _end_sweep(sweep_end)
             sys.exit(1)
     except (OSError, ValueError) as error:
         # Before the task: Hydra's own complaint about an override or the run's folder. Later: a disk that is full.
@@ -226,7 +224,7 @@ def check_ranks(cfg: DictConfig, launcher: str) -> None:
         )
 
 
-def _end_sweep(sweep_end: Callable[[Path], None] | None, config_name: str) -> None:
+def _end_sweep(sweep_end: Callable[[Path], None] | None) -> None:
     """What follows the last job; nothing that goes wrong in it takes a result away, or hides which jobs failed."""
     if sweep_end is None:
         return

@@ -44,7 +44,6 @@ class Job:
     started: str | None = None
     ended: str | None = None
     gpus: list[str] = field(default_factory=list)
-    attempts: int = 0
     other_code: bool = False
     twin: Job | None = None
 
@@ -129,7 +128,7 @@ def plan(
         for number, own in enumerate(overrides, start=first):
             config = compose(own)
             _as_job(config, number)
-            task = _task(config)
+            task = task_config(config)
             try:
                 check(task)
             except UserError as error:
@@ -170,7 +169,7 @@ def _as_job(config: DictConfig, number: int) -> str:
     return str(OmegaConf.select(config, "hydra.sweep.subdir"))
 
 
-def _task(config: DictConfig) -> DictConfig:
+def task_config(config: DictConfig) -> DictConfig:
     """The config without Hydra's own part."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
@@ -190,4 +189,3 @@ def _see_what_is_there(job: Job, record: dict[str, Any] | None, take_over: bool)
                 f"{job.folder}: process {last['pid']} on {last['host']} may be at work in it; if it is not, add "
                 "hydra.launcher.take_over=true"
             )
-    job.attempts = len(record["attempts"])

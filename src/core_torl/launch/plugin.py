@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from core_torl.config.errors import UserError
 from core_torl.launch.board import Board
-from core_torl.launch.jobs import Job, plan
+from core_torl.launch.jobs import Job, plan, task_config
 from core_torl.launch.lock import lock, unlock_all
 from core_torl.launch.processes import IDENTITY, JobProcess
 from core_torl.launch.record import TAKE_OVER, finished
@@ -233,11 +233,10 @@ def _summary(failed: Sequence[Job], count: int) -> str:
 
 
 def _job_return(job: Job, error: SweepFailed | None) -> JobReturn:
-    task = OmegaConf.masked_copy(job.config, [str(key) for key in job.config if key != "hydra"])
     with read_write(job.config.hydra), open_dict(job.config.hydra):
         job.config.hydra.runtime.output_dir = str(job.folder)
     result = JobReturn(
-        overrides=job.overrides, cfg=task, hydra_cfg=OmegaConf.masked_copy(job.config, ["hydra"]),
+        overrides=job.overrides, cfg=task_config(job.config), hydra_cfg=OmegaConf.masked_copy(job.config, ["hydra"]),
         working_dir=os.getcwd(), task_name=str(job.config.hydra.job.name),
         status=JobStatus.COMPLETED if job.done else JobStatus.FAILED,
     )  # fmt: skip

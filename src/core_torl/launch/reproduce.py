@@ -14,6 +14,7 @@ from typing import Any
 
 from core_torl.config.errors import UserError
 from core_torl.launch.identity import PLACES
+from core_torl.launch.jobs import task_config
 from core_torl.launch.plugin import quoted
 from core_torl.launch.record import read_record
 
@@ -97,7 +98,7 @@ def _composed(words: Sequence[str], overrides: Sequence[str], folder: Path) -> t
         )
         found.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(found)
-        task = OmegaConf.masked_copy(found, [str(k) for k in found if k != "hydra"])
+        task = task_config(found)
         resolved, written = (OmegaConf.to_container(task, resolve=resolve) for resolve in (True, False))
         now = _leaves(resolved)
         return now, {key: _at(written, key) for key in now}

@@ -216,9 +216,12 @@ def _choices(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The composed config, resolved where it can be: what only Hydra knows stays the text that stands there."""
+    """The composed config, resolved where it can be: what only Hydra knows stays the text that stands there.
+
+    The Hydra of this process, if one is at work, knows of its own run and would answer for another's.
+    """
     try:
-        tree = OmegaConf.load(path)
+        tree = OmegaConf.create(path.read_text().replace("${hydra:", "\\${hydra:"))
     except (OSError, yaml.YAMLError):
         return {}
     return _resolved(tree) if isinstance(tree, DictConfig) else {}

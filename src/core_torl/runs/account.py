@@ -18,11 +18,16 @@ from core_torl.problem import Problem
 SHOWN = 5  # differing numbers that are named
 
 
+def problems_hash(problems: Sequence[Problem]) -> str:
+    """Sixteen hexadecimal digits for all that the problems say, in their order."""
+    return hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+
+
 def data_hashes(problems: ProblemSets) -> dict[str, dict[str, Any]]:
     """For the training problems and each test set how many there are, and a hash of all that they say."""
 
     def one(part: Sequence[Problem]) -> dict[str, Any]:
-        return {"problems": len(part), "sha256": hashlib.sha256(repr(part).encode()).hexdigest()[:16]}
+        return {"problems": len(part), "sha256": problems_hash(part)}
 
     return {"train": one(problems.train), **{name: one(part) for name, part in problems.test.items()}}
 

@@ -49,6 +49,7 @@ class RolloutTables(pl.Callback):
         self.tracker, self.every, self.rows = tracker, every, rows
         self.solved: set[str] = set()
         self.unsolved: set[str] = set()  # came, and were all wrong each time
+        self._known: set[str] = set()  # uids of the training problems
 
     def state_dict(self) -> dict[str, Any]:
         return {"solved": sorted(self.solved), "unsolved": sorted(self.unsolved)}
@@ -56,13 +57,16 @@ class RolloutTables(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.solved, self.unsolved = set(state_dict["solved"]), set(state_dict["unsolved"])
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyGradient)
+        self._known = {problem.uid for problem in pl_module.problems}
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyGradient)
         groups, step = pl_module.last_sampled, pl_module.rl_step
-        known = {problem.uid for problem in pl_module.problems}
-        uids = [origin(group.problem.uid, known) for group in groups]
+        uids = [origin(group.problem.uid, self._known) for group in groups]
         newly = self.notice([*zip(uids, map(solves, groups), strict=True)])
         if not (step == 1 or pl_module.finished or step % self.every == 0):
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -24,7 +23,15 @@ from core_torl.evaluation.statistics import Estimate
 from core_torl.launch.identity import SPEED
 from core_torl.launch.record import add, is_main_process, read_record
 from core_torl.problem import Problem
-from core_torl.runs.account import compared, comparison_line, compute_used, data_hashes, first_results, gpu_names
+from core_torl.runs.account import (
+    compared,
+    comparison_line,
+    compute_used,
+    data_hashes,
+    first_results,
+    gpu_names,
+    problems_hash,
+)
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, RolloutTables
 from core_torl.runs.results import choices, make_tracker, write_results
@@ -74,7 +81,7 @@ def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
     unused = () if tree["tool"]["call_budget"] else ("tool", "sandbox")
     walk({k: tree[k] for k in _FINGERPRINT if k not in unused}, "")
     flat["tool.call_budget"] = tree["tool"]["call_budget"]
-    flat["training problems"] = hashlib.sha256(repr(problems.train).encode()).hexdigest()[:16]
+    flat["training problems"] = problems_hash(problems.train)
     return flat
 
 
