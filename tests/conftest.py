@@ -32,8 +32,10 @@ def make_tiny(tiny_tokenizer):
 
     from core_torl.model.tiny import TinyArchitecture, build_tiny
 
-    def make(seed: int = 0, scale: float = 6.0, layers: int = 2, max_length: int = 512):
-        arch = TinyArchitecture(layers=layers, width=32, heads=4, mlp=64, max_length=max_length)
+    def make(
+        seed: int = 0, scale: float = 6.0, layers: int = 2, max_length: int = 512, width: int = 32, heads: int = 4
+    ):
+        arch = TinyArchitecture(layers=layers, width=width, heads=heads, mlp=64, max_length=max_length)
         with torch.random.fork_rng():
             model = build_tiny(tiny_tokenizer, arch, seed)
         with torch.no_grad():  # as initialised, attention hardly moves the output and an error in it would not show

@@ -22,7 +22,7 @@ def task(cfg: DictConfig) -> Any:
 
 
 def main() -> None:
-    run_app("evaluate", task, check=check, record=True)
+    run_app("evaluate", task, check=check, record=True, imports=("core_torl.runs.evaluation",))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ def check(cfg: DictConfig) -> None:
 
 def task(cfg: DictConfig) -> Any:
     """One training run; returns the headline number for a sweeper (the mean of the after-training accuracies)."""
-    from core_torl.runs.training import dry_run, train
+    if cfg.dry_run:
+        from core_torl.runs.dry_run import dry_run
 
-    return dry_run(cfg) if cfg.dry_run else train(cfg)
+        return dry_run(cfg)
+    from core_torl.runs.training import train
+
+    return train(cfg)
 
 
 def report_on(sweep: Path) -> None:
@@ -35,7 +39,7 @@ def report_on(sweep: Path) -> None:
 
 
 def main() -> None:
-    run_app("train", task, check=check, record=True, sweep_end=report_on)
+    run_app("train", task, check=check, record=True, sweep_end=report_on, imports=("core_torl.runs.training",))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 _BATCH = """
 import contextlib, importlib, io, json, logging, sys, traceback
@@ -70,3 +73,18 @@ def keys_without_comment(path: Path) -> list[str]:
         if not in_defaults and key != "_target_" and not heading and not commented:
             bare.append(f"{path.name}:{number + 1} {key}")
     return bare
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> Callable[..., None]:
+    """``installed(version)`` puts a package folder there that says so; None: no vLLM at all."""
+    from core_torl.config import vllm_checks
+
+    def put(version: str | None, text: str = "__version__ = version = '{}'\n") -> None:
+        file = tmp_path / "__init__.py"
+        file.touch()
+        (tmp_path / "_version.py").write_text("version: str\n__version__: str\n" + text.format(version))
+        found = None if version is None else ModuleSpec("vllm", None, origin=str(file))
+        monkeypatch.setattr(vllm_checks, "find_spec", lambda name: found)
+
+    return put

@@ -339,3 +339,18 @@ def test_published_errors_and_drops():
         CoreQuizzes(str(PUBLISHED), on_bad_row="error").load()
     kept = CoreQuizzes(str(PUBLISHED), suspect="drop").load()
     assert kept.report["kept"] == 1110 - 159 - 2
+
+
+def test_a_parquet_file_of_the_same_columns_is_read_alike(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = book()
+    (tmp_path / "quizzes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "quizzes.parquet")
+    one, other = (CoreQuizzes(str(tmp_path / f"quizzes.{ending}")).load() for ending in ("jsonl", "parquet"))
+    assert (one.train, one.test) == (other.train, other.test) and one.report["asked_in_test"] == 0
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        CoreQuizzes(str(tmp_path / "broken.parquet")).load()
+    one_line(error)

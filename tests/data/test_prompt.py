@@ -162,3 +162,32 @@ def test_bare_style_adds_no_token_at_all(tiny_tokenizer):
     assert plain == (tiny_tokenizer.bos_token_id, *bare), "this tokenizer starts a text with a token of its own"
     answer = template(style="bare").encode_answer(tiny_tokenizer, "the sum is 3")
     assert tiny_tokenizer.decode(list(answer)) == "the sum is 3"
+
+
+def test_cores_template_is_the_published_one_byte_for_byte():
+    """Every prompt of the published training file, from the published quizzes: none of 1,110 differs by a byte."""
+    import os
+
+    shared = Path(os.environ.get("CORE_TORL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data/core"
+    if not (shared / "train.parquet").exists():
+        pytest.skip(f"the published files are not at {shared}; set CORE_TORL_SHARED to the folder that holds data/core")
+    import pyarrow.parquet
+
+    from core_torl.data.core_quizzes import read_rows
+
+    prompts = pyarrow.parquet.read_table(shared / "train.parquet")["prompt"].to_pylist()
+    core, rows = shipped("core"), read_rows(str(shared / "concept_quizzes.jsonl"))
+    for row, (system, user) in zip(rows, prompts, strict=True):
+        problem = Problem(f"row-{row.index}", row.stem, "A", tuple(row.option_texts))
+        assert (core.system, core.user_text(problem)) == (system["content"], user["content"])
+    concept = Concept("c", "C", "s", rows[0].concept_text)
+    quoted = f"---\nRelated Concept: {concept.text}\n\nQuestion: {rows[0].stem}"
+    assert quoted in core.user_text(Problem("q", rows[0].stem, "A", ("1", "2")), concept)
+
+
+def test_the_end_of_a_turn_is_the_special_token_behind_an_answer(tiny_tokenizer, monkeypatch):
+    assert template().end_of_turn(tiny_tokenizer) is None, "only a chat has turns"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHAT)
+    assert template(style="chat").end_of_turn(tiny_tokenizer) is None, "a plain character ends no answer"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHAT.replace("#", "{{ eos_token }}"))
+    assert template(style="chat").end_of_turn(tiny_tokenizer) == tiny_tokenizer.eos_token

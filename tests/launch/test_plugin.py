@@ -194,7 +194,7 @@ def test_a_job_that_was_killed_before_its_record_has_left_its_folder_free(sweep:
 
 
 def test_a_disk_that_refuses_the_board_costs_no_job(sweep: Sweep):
-    process = sweep.start("seed=0", "sleep_s=1,4", "hydra.launcher.n_jobs=2")
+    process = sweep.start("seed=0", "sleep_s=2,5", "hydra.launcher.n_jobs=2")
     wait_for(lambda: running(sweep, "0", "1"))
     (sweep.folder / "sweep.json.part").mkdir()
     out = process.communicate(timeout=60)[0]

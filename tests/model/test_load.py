@@ -187,16 +187,52 @@ def test_a_shadow_stands_still_until_it_is_refreshed(folder, lora):
     assert torch.equal(logits(shadow), now), "the weights were copied, not tied"
 
 
-def test_a_shadow_without_adapters_is_the_base_model(folder):
+def test_the_reference_of_an_adapted_policy_is_the_base_model_and_leaves_the_adapters_as_they_were(folder):
     base = logits(load_policy(path=folder).model.eval())
     policy = load_policy(path=folder, lora=LORA)
     change(policy)
-    assert torch.allclose(logits(policy.shadow(adapters=False)), base, atol=1e-6)
-    trained = logits(policy.model.eval())
-    assert (trained - base).abs().max() > 0.1, "the policy's own adapters are still on"
-    assert torch.equal(logits(policy.shadow()), trained)
-    full = load_policy(path=folder)
-    assert torch.equal(logits(full.shadow(adapters=False)), logits(full.model.eval()))
+    trained = [p.requires_grad for p in policy.model.parameters()]
+    policy.model.train()
+    with policy.reference(None) as reference:
+        assert torch.allclose(logits(reference), base, atol=1e-6) and not reference.training
+        # Sharded parameters would remember a switch.
+        assert [p.requires_grad for p in policy.model.parameters()] == trained
+    assert policy.model.training
+    assert (logits(policy.model.eval()) - base).abs().max() > 0.1, "the policy's own adapters are on again"
+
+
+def test_an_offloaded_reference_lies_on_the_cpu_and_travels_for_as_long_as_it_is_needed(folder, monkeypatch):
+    from core_torl.model import load as module
+
+    moves = []
+
+    def copied(tensor, device):
+        moves.append(str(device))
+        return tensor.clone()
+
+    monkeypatch.setattr(module, "placed", copied)
+    policy = load_policy(path=folder, offload_reference=True)
+    start = logits(policy.model.eval())
+    frozen = policy.frozen_copy()
+    count = len(list(frozen.parameters()))
+    assert moves == ["cpu"] * count, "it rests on the CPU"
+    change(policy)
+    resting = pointers(frozen)
+    with policy.reference(frozen) as reference:
+        assert moves[count:] == [str(policy.model.device)] * count
+        assert not set(pointers(reference).values()) & set(resting.values()), "each weight has travelled"
+        assert torch.equal(logits(reference), start)
+    assert pointers(frozen) == resting, "and is not carried back"
+    with pytest.raises(ArithmeticError), policy.at_hand(frozen):
+        raise ArithmeticError
+    assert pointers(frozen) == resting
+    moves.clear()
+    still = load_policy(path=folder)
+    with still.reference(still.frozen_copy()):
+        assert not moves
+    adapted = load_policy(path=folder, lora=LORA, offload_reference=True)
+    with adapted.at_hand(adapted.shadow()):  # its frozen weights are the policy's own
+        assert not moves
 
 
 def test_gradients_reach_the_policy_and_never_its_shadow(folder):
@@ -215,3 +251,27 @@ def test_an_answer_that_is_given_needs_a_token_to_end_with(folder):
     with pytest.raises(ValueError) as error:
         _ = policy.eos_id
     assert str(error.value) == "model: the tokenizer has no end-of-sequence token, which given answers need"
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_merged_weights_are_those_of_the_trained_policy_under_plain_names(folder, lora):
+    """What a sampler with weights of its own is given: a plain model with them answers as the trained one does."""
+    policy = load_policy(path=folder, lora=lora)
+    change(policy)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert (logits(plain.eval()) - logits(policy.model.eval())).abs().max() > 0.1
+    own = dict(plain.named_parameters())
+    merged = dict(policy.merged())
+    assert merged.keys() == own.keys()
+    with torch.no_grad():
+        for name, tensor in merged.items():
+            assert not tensor.requires_grad
+            own[name].copy_(tensor)
+    assert torch.allclose(logits(plain), logits(policy.model), atol=1e-4)
+
+
+def test_only_a_policy_with_adapters_can_hand_them_over(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.lora\.rank=0"):
+        load_policy(path=folder).save_adapter(tmp_path)
+    load_policy(path=folder, lora=LORA).save_adapter(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()

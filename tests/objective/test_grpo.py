@@ -245,6 +245,7 @@ def batch(model, make_batch) -> TokenBatch:
         now, _ = answer_logprobs(model, batch)
     noise = torch.randn(now.shape, generator=torch.Generator().manual_seed(2)) * 0.2
     batch.old_logprobs, batch.reference_logprobs = now + noise, now - 0.3
+    batch.sampled_logprobs = now - 3 * noise  # what a correction weighs
     return batch
 
 
@@ -286,6 +287,10 @@ OBJECTIVES = {
     "sequence": GRPO(normalize="sequence"),
     "token with penalty and entropy": GRPO(kl_coef=0.3, entropy_coef=0.05),
     "sequence with penalty and entropy": GRPO(normalize="sequence", kl_coef=0.3, entropy_coef=0.05),
+    "weights of tokens": GRPO(kl_coef=0.3, correction="truncate"),
+    "weights of answers": GRPO(
+        normalize="sequence", correction="mask", correction_level="sequence_mean", correction_high=9
+    ),
 }
 
 

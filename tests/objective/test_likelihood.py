@@ -57,7 +57,7 @@ def test_what_an_answer_earned_does_not_matter():
     objective = Likelihood()
     rewards = torch.tensor([[0.0], [1.0], [-3.0]])
     assert objective.advantages(rewards, torch.ones(3, 1, dtype=torch.bool)).tolist() == [[1.0]] * 3
-    assert not objective.needs_reference and not objective.needs_entropy
+    assert not objective.needs_reference and not objective.needs_entropy and not objective.corrects
 
 
 def test_advantages_and_old_logprobs_have_no_say(model, make_batch):

@@ -131,9 +131,11 @@ def test_published_quizzes_train_the_tiny_policy(front_door, tmp_path):
 
 
 def test_a_dry_run_counts_and_loads_nothing(front_door, tmp_path, capsys, monkeypatch):
-    import core_torl.runs.training as training
+    from core_torl.model import load
 
-    monkeypatch.setattr(training, "assemble", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        load.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded")
+    )
     assert front_door("train", "dry_run=true", "prompts_per_step=8", f"hydra.run.dir={tmp_path}") == 0
     assert "8 problems x 8 answers = 64 trajectories" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from core_torl.sampler.draw import uniforms
 from core_torl.sampler.generate_session import GenerateSession
 from core_torl.sampler.protocol import SampleRequest, SamplingConfig
 from core_torl.sampler.transformers import TransformersSampler
+from tests.sampler.vllm_here import NEEDS_VLLM, make_vllm
 
 GIVEN = (31, 7, 7, 120)
 
@@ -21,12 +22,18 @@ def whole(sampler, requests, sampling):
     yield GenerateSession(sampler, requests, sampling)
 
 
-@pytest.fixture(params=["kept rows", "generate"])
+@pytest.fixture(params=["kept rows", "generate", pytest.param("vllm", marks=NEEDS_VLLM)])
 def open_session(request, make_tiny, tiny_tokenizer):
     """``open_session(requests, sampling)``; its attribute ``model`` is what is sampled from."""
-    model = make_tiny(seed=1)
-    sampler = TransformersSampler(model, tiny_tokenizer, engine="cascade", max_new_tokens=24, eos_ids=[2])
-    kept = request.param == "kept rows"
+    settings = {"max_new_tokens": 24, "eos_ids": [2]}
+    if request.param == "vllm":
+        model = make_tiny(seed=1, heads=1)
+        sampler = make_vllm(model, tiny_tokenizer, **settings)
+        request.addfinalizer(sampler.close)
+    else:
+        model = make_tiny(seed=1)
+        sampler = TransformersSampler(model, tiny_tokenizer, engine="cascade", **settings)
+    kept = request.param != "generate"
 
     def make(requests, sampling=None):
         sampling = sampling or sampler.sampling
@@ -101,7 +108,10 @@ def test_a_row_cannot_be_sent_on_without_room(open_session):
 
 
 def test_a_continued_request_draws_what_the_uninterrupted_one_draws(make_tiny, tiny_tokenizer):
-    """The second half of an answer asked for by itself, for each answer of a group."""
+    """The second half of an answer asked for by itself, for each answer of a group.
+
+    Embedded samplers promise this. In vLLM a request owns its generator: see test_vllm.py for what holds there.
+    """
     sampler = TransformersSampler(make_tiny(seed=2), tiny_tokenizer, max_new_tokens=20, eos_ids=[2])
     (whole_group,) = sampler.generate([SampleRequest((9, 8, 7), 4, seed=3)])
     for j, sample in enumerate(whole_group):

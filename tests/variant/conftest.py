@@ -101,6 +101,8 @@ def build(
     reward: Any = None,
     max_new_tokens: int = 6,
     eos_ids: list[int] | None = None,
+    sampling: dict[str, Any] | None = None,
+    sampler: Callable[..., Any] = TransformersSampler,
     **changes: Any,
 ) -> PolicyGradient:
     coached = issubclass(kind, Coached)
@@ -115,9 +117,9 @@ def build(
     reward = reward or (Rule() if coached else Evenness())
     if isinstance(reward, Rule):
         reward.tokenizer = policy.tokenizer
-    sampler = TransformersSampler(policy.model, policy.tokenizer, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    settings_of_sampler = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids} | (sampling or {})
     return kind(
-        policy=policy, sampler=sampler, reward_function=reward, objective=objective or GRPO(),
+        policy=policy, sampler=sampler(policy.model, policy.tokenizer, **settings_of_sampler), reward_function=reward, objective=objective or GRPO(),
         encode=lambda p, c: TEMPLATE.encode(policy.tokenizer, p, c),
         encode_answer=lambda text: TEMPLATE.encode_answer(policy.tokenizer, text), **(settings | changes),
     )  # fmt: skip
@@ -136,8 +138,8 @@ def watched(kind: type[PolicyGradient]) -> type[PolicyGradient]:
             self.sampled, self.weighed, self.batches = [], [], []
             super().__init__(**settings)
 
-        def sample(self, problems):
-            groups = super().sample(problems)
+        def sample(self, *arguments):
+            groups = super().sample(*arguments)
             self.sampled.append([list(g.trajectories) for g in groups])
             return groups
 

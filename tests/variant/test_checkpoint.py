@@ -144,6 +144,80 @@ def test_a_full_disk_names_the_file_and_the_last_whole_checkpoint(make, tmp_path
     assert found(tmp_path).keys() == {1} and not list(tmp_path.glob("*.part"))
 
 
+class Dies:
+    """A sampler whose engine is gone from its ``at``-th call on, counted from 0."""
+
+    def __init__(self, sampler, at: int) -> None:
+        self.sampler, self.left = sampler, at
+
+    def __getattr__(self, name: str):
+        return getattr(self.sampler, name)
+
+    def generate(self, *arguments):
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("sampler: no vLLM server is left")
+        return self.sampler.generate(*arguments)
+
+
+def test_a_step_that_fails_before_it_trains_costs_nothing(make, tmp_path):
+    """The state after the last whole step is saved, and the run that goes on from there equals an undisturbed one."""
+    dies = make(rl_steps=5)
+    dies._parts["sampler"] = Dies(dies.sampler, 3)
+    with pytest.raises(UserError, match="no vLLM server is left"):
+        fit(dies, [RLCheckpoint(tmp_path, 2, 9)])
+    assert found(tmp_path).keys() == {2, 3}
+    resumed = fit(make(rl_steps=5), ckpt=newest(tmp_path))
+    assert resumed.rl_step == 5 and same(weights(resumed), weights(fit(make(rl_steps=5))))
+
+
+def test_a_step_that_fails_after_it_has_trained_is_not_saved(make, tmp_path, monkeypatch):
+    module = make(rl_steps=5)
+    train, steps = type(module).learn, []
+
+    def learn(self, batch):
+        train(self, batch)
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError("made by the test")
+
+    monkeypatch.setattr(type(module), "learn", learn)
+    with pytest.raises(RuntimeError, match="made by the test"):
+        fit(module, [RLCheckpoint(tmp_path, 3, 9)])
+    assert not found(tmp_path)
+
+
+@pytest.mark.parametrize("every", [0, 9])
+def test_a_step_whose_weights_cannot_be_handed_over_is_done_and_saved(make, tmp_path, every):
+    class Gone(Dies):
+        def sync(self, weights, version):
+            if version == "2":
+                raise UserError("sampler: no vLLM server is left")
+            self.sampler.sync(weights, version)
+
+    gone = make(rl_steps=5)
+    gone._parts["sampler"] = Gone(gone.sampler, 99)
+    with pytest.raises(UserError, match="no vLLM server is left"):
+        fit(gone, [RLCheckpoint(tmp_path, every, 9)])
+    assert found(tmp_path).keys() == {2} and gone.last_metrics["train/rl_step"] == 2
+    resumed = fit(make(rl_steps=5), ckpt=newest(tmp_path))
+    assert same(weights(resumed), weights(fit(make(rl_steps=5))))
+
+
+def test_a_failed_step_and_a_full_disk_are_told_in_that_order(make, tmp_path, monkeypatch, caplog):
+    import pytorch_lightning as pl
+
+    def full(self, path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    dies = make(rl_steps=5)
+    dies._parts["sampler"] = Dies(dies.sampler, 1)
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", full)
+    with pytest.raises(UserError, match="no vLLM server is left"):
+        fit(dies, [RLCheckpoint(tmp_path, 0, 9)])
+    assert "No space left on device" in caplog.text and not list(tmp_path.iterdir())
+
+
 def test_resume_is_resolved_or_refused_with_a_reason(tmp_path):
     assert resolve(None, tmp_path) is None and resolve("auto", tmp_path) is None
     with pytest.raises(UserError, match=r"resume=.*no step-\*\.ckpt there"):

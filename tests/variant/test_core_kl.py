@@ -281,12 +281,16 @@ def test_the_reference_teacher_stays_the_starting_policy(make, problems, tmp_pat
 
     module = fit(make(Note, policy=policy, teacher="reference", objective=GRPO(kl_coef=kl_coef), rl_steps=4))
     with torch.no_grad():
-        start, teacher, now = (m(input_ids=ids).logits for m in (plain.model, module._shadow, module.model))
+        start, now = (m(input_ids=ids).logits for m in (plain.model, module.model))
+        with module._teaching() as coach:
+            teacher = coach(input_ids=ids).logits
     assert torch.allclose(start, teacher, atol=1e-5) and not torch.allclose(start, now, atol=1e-2)
     assert seen and all(a == pytest.approx(b, rel=1e-3) for a, b in seen)
     # It is no part of what is trained or stored.
     assert not any("shadow" in name for name in module.state_dict())
-    assert not any(p.requires_grad for p in module._shadow.parameters())
+    # With adapters it is the policy itself without them: no copy at all.
+    assert (module._shadow is None) is lora
+    assert lora or not any(p.requires_grad for p in module._shadow.parameters())
 
 
 @pytest.mark.parametrize("teacher", ["current", "old"])
@@ -405,3 +409,24 @@ def test_a_model_that_scales_its_logits_is_refused(make, problems):
     policy.model.forward = scaled
     with pytest.raises(ValueError, match="caps or scales them"):
         make(CoreKL, policy=policy)
+
+
+def test_a_teacher_that_rests_on_the_cpu_teaches_the_same(make, monkeypatch):
+    """Its weights travel for the passes, backward ones included; while it rests it could not be read at all."""
+    from core_torl.model import load as module
+
+    def run(offload: bool):
+        policy = make(CoreKL).policy
+        policy.offload = offload
+        return fit(
+            make(CoreKL, policy=policy, teacher="reference", kl_lambda=1.0, objective=GRPO(kl_coef=0.1), rl_steps=2)
+        )
+
+    at_home = run(offload=False)
+    # A resting tensor keeps its numbers out of reach: one place more in front of them, which only travelling takes off.
+    monkeypatch.setattr(
+        module, "placed", lambda t, device: torch.stack([t, t]) if isinstance(device, str) else t[0].clone()
+    )
+    offloaded = run(offload=True)
+    assert same(weights(at_home), weights(offloaded))
+    assert all(len(p) == 2 for p in offloaded._frozen.parameters()), "it rests again"

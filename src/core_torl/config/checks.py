@@ -14,7 +14,10 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from core_torl.config.coach_checks import check_coach
 from core_torl.config.errors import UserError, nearest
+from core_torl.config.size_checks import check_size, check_trainer
 from core_torl.config.tool_checks import check_tool, check_tool_variant
+from core_torl.config.vllm_checks import check_vllm_sampler
+from core_torl.config.vllm_server_checks import check_vllm_server
 
 # Worlds of a warm start and the kinds of text in their mixtures.
 MIXTURES = {
@@ -41,6 +44,8 @@ def check_train(cfg: DictConfig) -> None:
         raise UserError(f"variant.max_excluded={cfg.variant.max_excluded}: a share between 0 and 1")
     check_minibatch(cfg)
     check_precision(cfg)
+    check_overlap(cfg)
+    check_size(cfg)
     check_truncated_sampling(cfg)
     check_coach(cfg)
     check_tool_variant(cfg)
@@ -135,12 +140,11 @@ def check_watch(cfg: DictConfig) -> None:
 
 def _check_shared(cfg: DictConfig) -> None:
     check_tool(cfg)
+    check_vllm_sampler(cfg)
+    check_vllm_server(cfg)
     if cfg.trainer.accelerator not in ("cpu", "cuda"):
         raise UserError(f"trainer.accelerator={cfg.trainer.accelerator!r}: use cpu or cuda")
-    if cfg.trainer.strategy not in ("auto", "ddp"):
-        raise UserError(f"trainer.strategy={cfg.trainer.strategy!r}: use auto or ddp")
-    if cfg.trainer.devices * cfg.trainer.num_nodes > 1 and cfg.trainer.strategy == "auto":
-        raise UserError(f"trainer.devices={cfg.trainer.devices} with trainer.strategy=auto: set trainer.strategy=ddp")
+    check_trainer(cfg)
     if cfg.logger.mode not in ("offline", "online", "disabled"):
         raise UserError(f"logger.mode={cfg.logger.mode!r}: use offline, online or disabled")
 
@@ -184,6 +188,19 @@ def check_minibatch(cfg: DictConfig) -> None:
         )
 
 
+def check_overlap(cfg: DictConfig) -> None:
+    """Answers are sampled beside training only from weights that training does not move."""
+    if not cfg.variant.overlap:
+        return
+    if cfg.variant._target_.endswith(".SupervisedFineTuning"):
+        raise UserError("variant.overlap=true: variant=sft samples nothing; set variant.overlap=false")
+    if cfg.sampler.get("copy_weights") is False:
+        raise UserError(
+            "variant.overlap=true: sampler=transformers works with the trainer's own weights, which move while it "
+            "samples; set sampler.copy_weights=true, or use sampler=vllm_server"
+        )
+
+
 def check_precision(cfg: DictConfig) -> None:
     """Trained weights in 16 bits lose updates: at lr 1e-6 they are smaller than the distance to the next number."""
     if cfg.trainer.precision in ("bf16-true", "16-true"):
@@ -201,10 +218,11 @@ def check_truncated_sampling(cfg: DictConfig) -> None:
     """A truncated distribution is renormalized by the sampler and not by the trainer: importance ratios would lie."""
     sampler = cfg.sampler
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if key in sampler and sampler[key] != off:
+        if key in sampler and sampler[key] != off and cfg.objective.get("correction", "none") == "none":
             raise UserError(
                 f"sampler.{key}={sampler[key]} in training: the sampler renormalizes what is left and the trainer does "
-                f"not, so importance ratios would be wrong; set sampler.{key}={off} and use sampler.temperature"
+                f"not, so importance ratios would be wrong; set sampler.{key}={off} and use sampler.temperature, or "
+                f"weigh the difference with objective.correction=truncate"
             )
     if sampler.get("temperature", 1.0) <= 0:
         raise UserError(

@@ -18,10 +18,13 @@ class VariantConfig:
     grad_clip: float = MISSING
     minibatch_size: int | None = MISSING
     microbatch_size: int = MISSING
+    microbatch_tokens: int | None = MISSING
     update_epochs: int = MISSING
     skip_zero_advantage: bool = MISSING
     share_prompts: bool = MISSING
     first_step_gap: float | None = MISSING
+    sync_gap: float | None = MISSING
+    overlap: bool = MISSING
     max_excluded: float = MISSING
     max_aborted: float = MISSING
 
@@ -117,6 +120,10 @@ class GRPOConfig:
     entropy_coef: float = MISSING
     guided_ratio: str = MISSING
     shaping_gamma: float = MISSING
+    correction: str = MISSING
+    correction_level: str = MISSING
+    correction_low: float = MISSING
+    correction_high: float = MISSING
 
 
 @dataclass
@@ -153,6 +160,62 @@ class TransformersSamplerConfig:
     max_new_tokens: int = MISSING
     max_rows: int = MISSING
     stop: list[str] = MISSING
+    copy_weights: bool = MISSING
+
+
+@dataclass
+class VllmSamplerConfig:
+    _target_: str = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    top_k: int = MISSING
+    min_p: float = MISSING
+    max_new_tokens: int = MISSING
+    max_rows: int = MISSING
+    stop: list[str] = MISSING
+    weights: str = MISSING
+    dtype: str | None = MISSING
+    max_model_len: int | None = MISSING
+    block_size: int | None = MISSING
+    gpu_memory_utilization: float = MISSING
+    kv_cache_mb: int | None = MISSING
+    enforce_eager: bool = MISSING
+    sleep_level: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class VllmServerSamplerConfig:
+    _target_: str = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    top_k: int = MISSING
+    min_p: float = MISSING
+    max_new_tokens: int = MISSING
+    stop: list[str] = MISSING
+    urls: list[str] = MISSING
+    replicas: int = MISSING
+    weights: str = MISSING
+    dtype: str | None = MISSING
+    sync_dir: str | None = MISSING
+    concurrency: int = MISSING
+    timeout_s: float = MISSING
+    retries: int = MISSING
+    backoff_s: float = MISSING
+    gpus: list[str] = MISSING
+    port: int | None = MISSING
+    tensor_parallel: int = MISSING
+    data_parallel: int = MISSING
+    max_model_len: int | None = MISSING
+    block_size: int | None = MISSING
+    gpu_memory_utilization: float = MISSING
+    kv_cache_mb: int | None = MISSING
+    enforce_eager: bool = MISSING
+    colocated: bool = MISSING
+    extra_args: list[str] = MISSING
+    environment: dict[str, str] = MISSING
+    log_dir: str = MISSING
+    start_timeout_s: float = MISSING
 
 
 @dataclass
@@ -202,6 +265,8 @@ class ModelConfig:
     dtype: str = MISSING
     attention: str = MISSING
     gradient_checkpointing: bool = MISSING
+    offload_reference: bool = MISSING
+    quantization: str | None = MISSING
     max_prompt_tokens: int = MISSING
     max_new_tokens: int = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -248,10 +313,27 @@ class TorlProblemsConfig:
     path: Any = MISSING
     test_path: Any = MISSING
     deduplicate_test: bool = MISSING
+    deduplicate_train: bool = MISSING
+    on_leakage: str = MISSING
     test_names: dict[str, str] = MISSING
     on_bad_row: str = MISSING
     test_fraction: float = MISSING
     seed: int = MISSING
+
+
+@dataclass
+class MathProblemsConfig(TorlProblemsConfig):
+    question: Any = MISSING
+    answer: str = MISSING
+    answer_from: str = MISSING
+    solution: str | None = MISSING
+    source: str | None = MISSING
+    config: str | None = MISSING
+    split: str = MISSING
+    test_split: str = MISSING
+    revision: str | None = MISSING
+    streaming: bool = MISSING
+    limit: int | None = MISSING
 
 
 @dataclass
@@ -320,6 +402,7 @@ class SubprocessLauncherConfig:
     grace_s: float = MISSING
     take_over: bool = MISSING
     view: bool = MISSING
+    prefork: bool = MISSING
 
 
 @dataclass

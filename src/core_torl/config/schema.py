@@ -28,6 +28,7 @@ from core_torl.config.group_schema import (
     InterventionConfig,
     LikelihoodConfig,
     LoggerConfig,
+    MathProblemsConfig,
     ModelConfig,
     ObservationConfig,
     PathsConfig,
@@ -48,6 +49,8 @@ from core_torl.config.group_schema import (
     TransformersSamplerConfig,
     TriggerConfig,
     VariantConfig,
+    VllmSamplerConfig,
+    VllmServerSamplerConfig,
 )
 
 
@@ -173,6 +176,8 @@ SCHEMAS: dict[str, type] = {
     "reward_random": RandomRewardConfig,
     "reward_torl": TorlRewardConfig,
     "sampler_transformers": TransformersSamplerConfig,
+    "sampler_vllm_server": VllmServerSamplerConfig,
+    "sampler_vllm": VllmSamplerConfig,
     "tool": ToolConfig,
     "tool_observation": ObservationConfig,
     "model": ModelConfig,
@@ -181,6 +186,7 @@ SCHEMAS: dict[str, type] = {
     "data_calculation_world": CalculationWorldConfig,
     "data_core_quizzes": CoreQuizzesConfig,
     "data_torl": TorlProblemsConfig,
+    "data_math": MathProblemsConfig,
     "augmentation": AugmentationConfig,
     "sandbox": SandboxConfig,
     "sandbox_process": ProcessSandboxConfig,
@@ -199,10 +205,17 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def register() -> None:
-    """Make the dataclasses known to Hydra; call before composing."""
-    from hydra.core.config_store import ConfigStore
+def number_format(precision: str) -> str | None:
+    """What the trainer computes in at a ``trainer.precision``, as engines call it; None: that of the weights."""
+    return {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision)
 
+
+def register() -> None:
+    """Make the dataclasses known to Hydra, and the project's resolver to OmegaConf; call before composing."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("number_format", number_format, replace=True)
     # Hydra 1.3 copies the whole store each time it composes, and for each group that --help lists. It hands out copies
     # of what is in it anyway, so the store itself may be shared: --help takes one second instead of six.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]

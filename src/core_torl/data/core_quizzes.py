@@ -1,4 +1,4 @@
-"""The published concept quizzes of CORE: one JSON object a line, read with the file's known defects in view.
+"""The published concept quizzes of CORE: JSON lines or parquet, read with the file's known defects in view.
 
 * A concept is a **run** of rows: a new one starts where the title changes or the question number does not grow.
   Titles are no key, for some name several theorems; and nothing here finds a concept by comparing texts.
@@ -16,7 +16,6 @@ concepts. Source: CORE, section 3.3.2; the test of this module holds the counts 
 from __future__ import annotations
 
 import difflib
-import json
 import random
 import re
 from collections import Counter
@@ -26,6 +25,8 @@ from pathlib import Path
 
 from core_torl.data import latex as latex_text
 from core_torl.data.base import ProblemSets
+from core_torl.data.question_sets import normalised
+from core_torl.data.records import read_file, read_json_lines
 from core_torl.problem import LETTERS, Concept, Problem
 
 _STRINGS = ("concept_title", "original_question", "answer", "explanation", "related_concept")
@@ -84,7 +85,8 @@ class QuizRow:
 class CoreQuizzes:
     """Reads the quizzes and splits them by concept.
 
-    ``path``: the JSONL file. ``latex``: ``clean`` removes the second escaping, ``raw`` keeps the bytes of the file.
+    ``path``: the JSON lines file, or a .parquet file of its columns.
+    ``latex``: ``clean`` removes the second escaping, ``raw`` keeps the bytes of the file.
     ``suspect``: ``keep`` (marked in ``Concept.suspect``) or ``drop`` the quizzes of suspect concepts.
     ``test_fraction``: share of all rows in the test set, 0 up to but not 1; reached or just passed, as concepts are not
     cut. ``hold_out_sections``: sections of the book that go to the test set whole; they count towards the share.
@@ -149,6 +151,7 @@ class CoreQuizzes:
                 f"or shorten data.hold_out_sections={list(self.hold_out_sections)}"
             )
 
+        asked = {normalised(problem.question) for problem in test}
         kept = sorted(train + test, key=lambda problem: problem.uid)
         report: dict[str, object] = {
             "path": str(self.path),
@@ -164,6 +167,8 @@ class CoreQuizzes:
             "letters": dict(sorted(Counter(problem.answer for problem in kept).items())),
             "unpermutable": _row_numbers(kept, lambda problem: not problem.permutable),
             "duplicate_options": [row.index for row in rows if row.has_duplicates],
+            # None by construction, which is about texts as they stand; here capitals and spacing do not count.
+            "asked_in_test": len(asked & {normalised(problem.question) for problem in train}),
             "latex_faults": _row_numbers(kept, _has_latex_faults) if self.latex == "clean" else [],
         }
         return ProblemSets(train=train, test={"held_out": test}, report=report)
@@ -229,14 +234,17 @@ def read_rows(path: str) -> list[QuizRow]:
         )
     rows: list[QuizRow] = []
     wrong: list[tuple[int, str]] = []
-    # Bytes, so that a line ends at a line feed only and a wrong encoding is known by its line.
-    with file.open("rb") as lines:
-        for index, line in enumerate(lines):
-            row = _parse(index, line)
+    # Whatever its ending: the file is JSON lines unless it says that it is parquet.
+    values = read_file(path) if file.suffix.lower() == ".parquet" else read_json_lines(file)
+    try:
+        for index, found in enumerate(values):
+            row = found if isinstance(found, str) else _quiz(index, found)
             if isinstance(row, QuizRow):
                 rows.append(row)
             else:
                 wrong.append((index + 1, row))
+    except (ValueError, OSError) as error:  # pyarrow's
+        raise ValueError(f"data.path={path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not wrong:  # runs mean nothing with lines missing
         for run in split_runs(rows):
             first = run[0]
@@ -249,14 +257,8 @@ def read_rows(path: str) -> list[QuizRow]:
     return rows
 
 
-def _parse(index: int, line: bytes) -> QuizRow | str:
+def _quiz(index: int, values: object) -> QuizRow | str:
     """The row, or what is wrong with it."""
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError):
-        return "not valid JSON" if line.strip() else "blank line"
     if not isinstance(values, dict):
         return "not a JSON object"
     missing = [key for key in (*_STRINGS, "question_id", "options") if key not in values]

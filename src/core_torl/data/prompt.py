@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from core_torl.config.errors import UserError
 from core_torl.problem import LETTERS, Concept, Problem
+
+_ANSWER = "An answer that no template holds."
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,31 @@ class PromptTemplate:
         text = self.user_text(problem, concept)
         if self.style != "chat":
             return tuple(tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"])
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": text})
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            self._messages(tokenizer, text), add_generation_prompt=True, tokenize=False
+        )
         return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _messages(self, tokenizer: Any, text: str) -> list[dict[str, str]]:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "model.prompt.style=chat: the model's tokenizer has no chat template; use another model/prompt, or "
+                "model.prompt.style=plain"
+            )
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": text}]
+
+    def end_of_turn(self, tokenizer: Any) -> str | None:
+        """The special token that the chat template writes behind an answer, such as <|im_end|>; None without one.
+
+        A base model's tokenizer may name another end of text, and a model that was asked in a chat ends its answer as
+        the template does: whoever samples has to know both.
+        """
+        if self.style != "chat":
+            return None
+        answered = [*self._messages(tokenizer, "?"), {"role": "assistant", "content": _ANSWER}]
+        rendered = tokenizer.apply_chat_template(answered, add_generation_prompt=False, tokenize=False)
+        behind = tokenizer(rendered.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
+        # What is special is written with the vocabulary's added tokens, also where it is not named as such.
+        first = tokenizer.convert_ids_to_tokens(behind[0]) if behind else None
+        return first if first in tokenizer.get_added_vocab() else None

@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,15 @@ def run_app(
     record: bool = False,
     sweep_end: Callable[[Path], None] | None = None,
     config_dir: str | None = None,
+    imports: Sequence[str] = (),
 ) -> None:
     """Compose ``config_name`` with the command line and hand it to ``task``; never returns normally after an error.
 
     ``check`` raises UserError for a config that cannot be run; a sweep checks all of its jobs before it starts one.
     ``record``: each run keeps a ``run.json``, by which a sweep knows what is done. ``sweep_end`` is called with the
     folder of a sweep after its last job, also if some of the jobs failed. ``config_dir`` is where the config stands, by
-    default the shipped one.
+    default the shipped one. ``imports`` names modules that every job imports sooner or later: the jobs of a sweep can
+    be forked from one process that has done so.
     """
     import hydra
     from hydra.errors import HydraException
@@ -112,6 +114,7 @@ def run_app(
     # For the launcher: what to check, how to start this program again, what was asked for before we changed it.
     job.check = check  # pyright: ignore[reportFunctionMemberAccess]
     job.program = program_of(task)  # pyright: ignore[reportFunctionMemberAccess]
+    job.imports = imports  # pyright: ignore[reportFunctionMemberAccess]
     job.config_dir = config_dir or conf_dir()  # pyright: ignore[reportFunctionMemberAccess]
     job.environment = {} if asked is None else {"HYDRA_FULL_ERROR": asked}  # pyright: ignore[reportFunctionMemberAccess]
     _sweeps.clear()

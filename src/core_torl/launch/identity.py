@@ -20,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 PLACES = ("paths", "logger", "callbacks", "resume", "reproduces", "trusted_targets")
 # Keys, in whatever group, that change how fast or on what a run computes, and not what.
 SPEED = (
-    "microbatch_size", "share_prompts", "skip_zero_advantage", "engine", "max_rows", "workers", "wall_timeout_s",
-    "gradient_checkpointing", "recycle_after", "retries", "url", "concurrency", "allow_unsafe", "backoff_s",
-    "suspicion", "accelerator", "devices", "num_nodes", "strategy", "threads",
+    "microbatch_size", "microbatch_tokens", "share_prompts", "skip_zero_advantage", "engine", "max_rows", "workers",
+    "wall_timeout_s", "gradient_checkpointing", "offload_reference", "recycle_after", "retries", "url", "concurrency",
+    "allow_unsafe", "backoff_s", "suspicion", "copy_weights", "accelerator", "devices", "num_nodes", "strategy",
+    "threads",
+    "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_mb", "enforce_eager", "sleep_level",
 )  # fmt: skip
 THIS_RUN = "<this run>"  # stands for the run's own folder
 _INPUTS = ("path", "test_path", "checkpoint", "init")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from core_torl.config.errors import UserError
 from core_torl.launch.board import Board
 from core_torl.launch.jobs import Job, plan, task_config
 from core_torl.launch.lock import lock, unlock_all
-from core_torl.launch.processes import IDENTITY, JobProcess
+from core_torl.launch.prefork import Nursery, NurseryLost
+from core_torl.launch.processes import IDENTITY, JobProcess, environment_of_jobs
 from core_torl.launch.record import TAKE_OVER, finished
 from core_torl.launch.schedule import Schedule
 
@@ -55,6 +56,7 @@ class SubprocessLauncher(Launcher):
         grace_s: float,
         take_over: bool,
         view: bool,
+        prefork: bool,
     ) -> None:
         if n_jobs < 1:
             raise UserError(f"hydra.launcher.n_jobs={n_jobs}: must be at least 1")
@@ -64,7 +66,9 @@ class SubprocessLauncher(Launcher):
                 raise UserError(f"hydra.launcher.{name}={value}: must not be negative")
         self.slots = gpu_slots(n_jobs, gpus_per_job, gpus)
         self.timeout_s, self.retries, self.grace_s = timeout_s, retries, grace_s
-        self.take_over, self.view = take_over, view
+        self.take_over, self.view, self.prefork = take_over, view, prefork
+        self._imports: Sequence[str] = ()
+        self._nursery: Nursery | None = None
         self._config: Any = None
         self._context: Any = None
         self._check: Callable[[DictConfig], None] = lambda cfg: None
@@ -80,6 +84,7 @@ class SubprocessLauncher(Launcher):
         self._config_dir = getattr(task_function, "config_dir", None)
         self._program = getattr(task_function, "program", ["-m", task_function.__module__])
         self._environment = getattr(task_function, "environment", {})
+        self._imports = getattr(task_function, "imports", ())
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; a JobReturn each, in their order. Raises UserError, SweepInterrupted."""
@@ -102,7 +107,7 @@ class SubprocessLauncher(Launcher):
         schedule = Schedule(
             self._start, _finished, self._board.write, self.slots, self.timeout_s, self.retries, self.grace_s
         )
-        with self._view(sweep):
+        with self._view(sweep), self._prefork(jobs):
             schedule.run(jobs)
         if schedule.interrupted:
             done = sum(job.done for job in self._board.jobs)
@@ -139,17 +144,44 @@ class SubprocessLauncher(Launcher):
 
         return LiveView(sweep, Console())
 
+    @contextmanager
+    def _prefork(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """A nursery for the jobs that are to run, where one helps: not for a single job, nor with CUDA, or elsewhere
+        than on Linux, whose orphans can be adopted."""
+        to_run = [job for job in jobs if not job.done and job.twin is None]
+        cuda = any(OmegaConf.select(job.config, "trainer.accelerator") == "cuda" for job in to_run)
+        if self.prefork and self._imports and len(to_run) > 1 and not cuda and sys.platform == "linux":
+            self._nursery = Nursery(self._imports, environment_of_jobs(self._own_environment()))
+        try:
+            yield
+        finally:
+            if self._nursery is not None:
+                self._nursery.close()
+                self._nursery = None
+
+    def _own_environment(self) -> dict[str, str]:
+        environment = dict(self._environment)
+        # As for a console script, the current folder is not on the path unless it is for this process too.
+        if self._program[0] == "-m" and not {"", os.getcwd()} & set(sys.path):
+            environment["PYTHONSAFEPATH"] = "1"
+        return environment
+
     def _start(self, job: Job) -> JobProcess:
         job.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**self._environment, IDENTITY: job.mark}
+        environment = {**self._own_environment(), IDENTITY: job.mark}
         if self.take_over:
             environment[TAKE_OVER] = "1"
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
-        # As for a console script, the current folder is not on the path unless it is for this process too.
-        if self._program[0] == "-m" and not {"", os.getcwd()} & set(sys.path):
-            environment["PYTHONSAFEPATH"] = "1"
-        return JobProcess(command_of(job, self._program, self._config, self._config_dir), job.log, environment)
+        command = command_of(job, self._program, self._config, self._config_dir)
+        try:
+            return JobProcess(command, job.log, environment, self._nursery)
+        except NurseryLost as error:
+            log.warning(f"jobs are started one by one from now on: what they were forked from was lost ({error})")
+            self._nursery, lost = None, self._nursery
+            assert lost is not None
+            lost.close()
+            return JobProcess(command, job.log, environment)
 
 
 def command_of(job: Job, program: Sequence[str], config: DictConfig, config_dir: str | None) -> list[str]:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from core_torl.launch.prefork import Forked, Nursery
+
 PARENT = "CORE_TORL_LAUNCHER"  # process id of the launcher, for the job
 IDENTITY = "CORE_TORL_IDENTITY"  # what the launcher takes the job for
 LEFTOVERS_S = 5.0  # how long what a job started may go on after it, to write its last bytes
@@ -50,16 +52,31 @@ def is_job() -> bool:
     return PARENT in os.environ and os.getsid(0) == os.getpid()
 
 
-class JobProcess:
-    """A running job. ``log`` takes both of its streams and is continued, not overwritten, by a further attempt."""
+def environment_of_jobs(own: Mapping[str, str]) -> dict[str, str]:
+    """What a job finds in its environment: this process's, less what must not be shared, and what is its ``own``."""
+    inherited = {k: v for k, v in os.environ.items() if k not in _OWN}
+    return {**inherited, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid()), **own}
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        inherited = {k: v for k, v in os.environ.items() if k not in _OWN}
+
+class JobProcess:
+    """A running job. ``log`` takes both of its streams and is continued, not overwritten, by a further attempt.
+
+    With a ``nursery`` it is forked there, without one it is started anew. Raises NurseryLost.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], nursery: Nursery | None = None
+    ) -> None:
         self.started = time.monotonic()
+        self._process: subprocess.Popen[bytes] | Forked
+        own = environment_of_jobs(environment)
+        if nursery is not None:
+            self._process = nursery.fork(command[1:], log, own)
+            return
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**inherited, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid()), **environment},
+                env=own,
             )  # fmt: skip
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core_torl.objective.advantages import group_advantages
 from core_torl.objective.divergences import ESTIMATORS, kl_estimate
+from core_torl.objective.mismatch import Correction
 from core_torl.objective.token_batch import TokenBatch
 
 NORMALIZERS = ("token", "sequence")
@@ -28,7 +29,8 @@ class Loss:
 
     ``foreign_*`` speak of rows that were sampled under a primed prompt: their ratio there is the true one, trained
     prompt over primed prompt, whatever the loss makes of it. The other ratios leave guided rows out, which start off 1;
-    ``own_tokens`` counts the tokens of the rest.
+    ``own_tokens`` counts the tokens of the rest. ``weighed_tokens`` are those that a correction weighs, ``weight_sum``
+    adds up their weights, ``bounded`` counts those whose weight a bound changed; all 0 without a correction.
     """
 
     total: Tensor
@@ -46,6 +48,9 @@ class Loss:
     foreign_ratio_sum: Tensor
     foreign_ratio_max: Tensor
     foreign_clipped: Tensor
+    weighed_tokens: Tensor
+    weight_sum: Tensor
+    bounded: Tensor
 
 
 class GRPO:
@@ -60,6 +65,12 @@ class GRPO:
         guided_ratio, shaping_gamma: for rows with behaviour "guided". "clip": the importance ratio p(y|q) /
             p_old(y|p_c), clipped like any other. "shaping": p(y|q) / (p(y|q) + shaping_gamma) instead of a ratio
             (the policy shaping of LUFFY), which keeps a gradient on tokens that the plain prompt makes unlikely.
+        correction, correction_level, correction_low, correction_high: see core_torl.objective.mismatch. The weight
+            multiplies all of a token's loss, penalty and entropy included, since all of it is a mean over tokens that
+            the sampler drew. Foreign rows are left alone: they were drawn under another prompt, and guided_ratio is
+            their answer to that. A token that the mask drops stays in the denominator: to divide by what is left would
+            make the step larger the worse the sampler is, and would need every weight of the step, on every rank,
+            before its first part. (TRL does the same; verl and slime take dropped tokens out.)
     """
 
     def __init__(
@@ -74,6 +85,10 @@ class GRPO:
         entropy_coef: float = 0.0,
         guided_ratio: str = "clip",
         shaping_gamma: float = 0.1,
+        correction: str = "none",
+        correction_level: str = "token",
+        correction_low: float = 0.5,
+        correction_high: float = 2.0,
     ) -> None:
         if normalize not in NORMALIZERS:
             raise ValueError(f"objective.normalize={normalize!r}: use one of {', '.join(NORMALIZERS)}")
@@ -102,6 +117,7 @@ class GRPO:
         self.normalize_std, self.advantage_eps = normalize_std, advantage_eps
         self.kl_coef, self.kl_estimator, self.entropy_coef = kl_coef, kl_estimator, entropy_coef
         self.guided_ratio, self.shaping_gamma = guided_ratio, shaping_gamma
+        self.correction = Correction(correction, correction_level, correction_low, correction_high)
 
     @property
     def needs_reference(self) -> bool:
@@ -110,6 +126,11 @@ class GRPO:
     @property
     def needs_entropy(self) -> bool:
         return self.entropy_coef != 0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the loss itself weighs the step from the policy that answered to the trainer's before its update."""
+        return self.correction.active
 
     def advantages(self, rewards: Tensor, valid: Tensor) -> Tensor:
         """[groups, N] -> [groups, N]."""
@@ -129,19 +150,26 @@ class GRPO:
         """The loss of these rows, already divided by the whole step's ``denominator``.
 
         logprobs, entropies: [rows, answer length] under the current policy, with gradient. ``batch.old_logprobs`` None
-        means that the policy has not moved since sampling: the ratio is then exactly 1, with its gradient. Guided rows
+        means that the policy has not moved in this step: its ratio is then exactly 1, with its gradient. Guided rows
         take the log-probs of their primed prompt instead.
         """
         mask, weights = batch.train_mask, self._weights(batch.train_mask)
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        old = torch.where(batch.guided[:, None], batch.sampled_logprobs, old)
-        log_ratio = torch.where(mask, logprobs - old, 0.0).clamp(max=_MAX_LOG_RATIO)  # padding must not reach exp()
+        before = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        old = torch.where(batch.guided[:, None], batch.sampled_logprobs, before)
+        alive, weighed, bounded = mask, torch.zeros_like(mask), torch.zeros_like(mask)
+        correction = torch.ones_like(weights)
+        if self.correction.active:
+            weighed = mask & ~batch.foreign[:, None]
+            correction, bounded = self.correction.weights(before, batch.sampled_logprobs, weighed)
+            weights = weights * correction
+            alive = mask & (weights != 0)  # a log-prob of minus infinity weighs 0, and 0 times NaN would be NaN
+        log_ratio = torch.where(alive, logprobs - old, 0.0).clamp(max=_MAX_LOG_RATIO)  # padding must not reach exp()
         ratio = log_ratio.exp()
         advantage = batch.advantages[:, None]
         clipped_ratio = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         per_token = -torch.minimum(ratio * advantage, clipped_ratio * advantage)
         if self.guided_ratio == "shaping":
-            probability = torch.where(mask, logprobs, 0.0).exp()
+            probability = torch.where(alive, logprobs, 0.0).exp()
             shaped = -probability / (probability + self.shaping_gamma) * advantage
             per_token = torch.where(batch.guided[:, None], shaped, per_token)
         policy = (per_token * weights).sum() / denominator
@@ -150,12 +178,12 @@ class GRPO:
             if batch.reference_logprobs is None:
                 raise ValueError("objective.kl_coef > 0 needs reference log-probs in the batch")
             kl = kl_estimate(
-                torch.where(mask, logprobs, 0.0), torch.where(mask, batch.reference_logprobs, 0.0), self.kl_estimator
+                torch.where(alive, logprobs, 0.0), torch.where(alive, batch.reference_logprobs, 0.0), self.kl_estimator
             )
             reference_kl = (kl * weights).sum() / denominator
             total = total + self.kl_coef * reference_kl
         if self.needs_entropy:
-            total = total - self.entropy_coef * (entropies * weights).sum() / denominator
+            total = total - self.entropy_coef * (torch.where(alive, entropies, 0.0) * weights).sum() / denominator
         with torch.no_grad():
             trained, own = mask.float(), mask & ~batch.guided[:, None]
             outside = ((ratio * advantage) > (clipped_ratio * advantage)) & mask
@@ -180,4 +208,7 @@ class GRPO:
                 foreign_ratio_sum=true_ratio.sum(),
                 foreign_ratio_max=true_ratio.max(),
                 foreign_clipped=(outside & foreign).sum().float(),
+                weighed_tokens=weighed.sum().float(),
+                weight_sum=torch.where(weighed, correction, 0.0).sum(),
+                bounded=bounded.sum().float(),
             )

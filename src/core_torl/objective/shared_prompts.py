@@ -44,11 +44,18 @@ def can_share(model: Any) -> bool:
 
 
 def worth_sharing(groups: Tensor, prompt_length: int, answer_length: int) -> bool:
-    """Whether joining saves tokens without attention costing more than twice that of the separate rows."""
-    rows, count = len(groups), int(groups.max()) + 1
-    slots = int(groups.bincount().max())
+    """Whether joining the answers to each prompt pays; groups: [rows], the number of each row's prompt."""
+    counts = groups.bincount()
+    return joining_pays(len(groups), len(counts), int(counts.max()), prompt_length, answer_length)
+
+
+def joining_pays(rows: int, prompts: int, slots: int, prompt_length: int, answer_length: int) -> bool:
+    """Whether joining saves tokens without attention costing more than twice that of the separate rows.
+
+    ``slots``: answers of the prompt that has the most.
+    """
     joined, apart = prompt_length + slots * answer_length, prompt_length + answer_length
-    return count * joined < rows * apart and count * joined**2 <= 2 * rows * apart**2
+    return prompts * joined < rows * apart and prompts * joined**2 <= 2 * rows * apart**2
 
 
 def join(batch: TokenBatch, groups: Tensor, dtype: torch.dtype) -> SharedLayout:

@@ -17,6 +17,7 @@ from core_torl.data.base import ProblemSets
 from core_torl.data.prompt import PromptTemplate
 from core_torl.evaluation.distractors import check_distractors
 from core_torl.launch.record import local_rank
+from core_torl.model.ends import end_turns
 from core_torl.model.load import Policy, check_model
 from core_torl.problem import Concept, Problem
 
@@ -84,10 +85,27 @@ def device_of(cfg: DictConfig) -> str:
     return f"cuda:{local_rank()}"
 
 
-def prepare(cfg: DictConfig) -> Prepared:
-    """Build what needs no weights. Raises UserError for whatever is wrong with it."""
+def check_sampler_servers(cfg: DictConfig) -> None:
+    """Ask the servers of ``sampler.urls``, where there are any, whether they can serve this run. Raises UserError."""
+    sampler = cfg.sampler
+    if not sampler.get("urls"):
+        return
+    from core_torl.sampler.vllm_client import check_reachable
+
+    check_reachable(
+        sampler.urls, lora=sampler.weights == "lora", max_model_len=sampler.max_model_len or sampler.max_new_tokens + 1
+    )
+
+
+def prepare(cfg: DictConfig, with_device: bool = True) -> Prepared:
+    """Build what needs no weights. Raises UserError for whatever is wrong with it.
+
+    ``with_device=False``: on a machine without the device and the servers that the run needs, too.
+    """
     template = check_model_group(cfg)
-    device_of(cfg)
+    if with_device:
+        device_of(cfg)
+        check_sampler_servers(cfg)
     sandbox = None
     if cfg.tool.call_budget:
         build(cfg.tool.observation)  # refused here, not after a minute of loading
@@ -115,7 +133,13 @@ def assemble(cfg: DictConfig, prepared: Prepared) -> Parts:
 
 def _with_policy(cfg: DictConfig, prepared: Prepared) -> Parts:
     policy: Policy = build(cfg.model, device=device_of(cfg))
+    end_turns(policy, prepared.template.end_of_turn(policy.tokenizer))
     sampler = build(cfg.sampler, policy.model, policy.tokenizer)
+    try:
+        sampler.sync(policy, "0")  # an engine with weights of its own has none yet
+    except BaseException:
+        sampler.close()
+        raise
     if prepared.sandbox is not None:
         sampler = build(cfg.tool, sampler, prepared.sandbox, policy.tokenizer)
 

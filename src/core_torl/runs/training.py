@@ -34,6 +34,7 @@ from core_torl.runs.account import (
 )
 from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
 from core_torl.runs.callbacks import EvaluateEvery, RolloutTables
+from core_torl.runs.out_of_memory import advice_on_memory
 from core_torl.runs.results import choices, make_tracker, write_results
 from core_torl.runs.transcripts import write_transcripts
 from core_torl.tracking.comparison_table import PRIMED
@@ -43,6 +44,7 @@ from core_torl.tracking.mirror import read_jsonl
 from core_torl.tracking.progress import StepProgress
 from core_torl.variant.checkpoint import RLCheckpoint, check_fingerprint, read, resolve
 from core_torl.variant.policy_gradient import PolicyGradient
+from core_torl.variant.strategy import strategy_of
 
 console = make_console()
 # What a resumed run must share with the run that wrote the checkpoint; the rest is about speed, places and length.
@@ -63,7 +65,7 @@ _FINGERPRINT = (
     "augmentation",
     "trainer",
 )
-_FREE = (*SPEED, "first_step_gap", "max_excluded", "max_aborted", "path")
+_FREE = (*SPEED, "first_step_gap", "sync_gap", "max_excluded", "max_aborted", "path")
 
 
 def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
@@ -143,14 +145,19 @@ def train(cfg: DictConfig) -> float:
             callbacks.append(StepProgress(console=console))
         trainer = pl.Trainer(
             accelerator="gpu" if cfg.trainer.accelerator == "cuda" else "cpu", devices=cfg.trainer.devices,
-            num_nodes=cfg.trainer.num_nodes, strategy=cfg.trainer.strategy, precision=cfg.trainer.precision,
+            num_nodes=cfg.trainer.num_nodes,
+            strategy=strategy_of(cfg.trainer.strategy, cfg.trainer.devices * cfg.trainer.num_nodes),
+            precision=cfg.trainer.precision,
             max_epochs=1, logger=tracker, callbacks=[*callbacks, saver], enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             default_root_dir=str(output), log_every_n_steps=1,
         )  # fmt: skip
-        trainer.fit(
-            module, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True if checkpoint else None
-        )
+        with advice_on_memory(cfg, "training"):
+            trainer.fit(
+                module, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True if checkpoint else None
+            )
+        if cfg.export and not saver.interrupted:
+            parts.policy.export(output / "policy", write=main)  # of all ranks, where each has a shard
         if not main:
             failed = False
             return 0.0
@@ -215,7 +222,6 @@ def finish(
     write_transcripts(output / "transcripts.md", before, after, parts.problems.test)
     written = ["results.json", "results.png", "transcripts.md", "metrics.jsonl", "rollouts.jsonl", "checkpoints/"]
     if cfg.export:
-        parts.policy.export(output / "policy")
         written.append("policy/ (save_pretrained)")
     objective = headline(estimates[1])
     record = read_record(output) or {}
@@ -301,37 +307,6 @@ def coach_of(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
     return {
         "trigger": build(cfg.trigger), "intervention": intervention, "max_prompt_tokens": cfg.model.max_prompt_tokens,
     }  # fmt: skip
-
-
-def dry_run(cfg: DictConfig) -> None:
-    """Check data and prompts and print the run's arithmetic, without loading weights."""
-    quiet()
-    prepared = prepare(cfg)
-    prepared.reward.close()
-    build(cfg.objective)
-    check_enough(cfg, prepared)
-    augmenter(cfg, prepared.problems)
-    coach_of(cfg, prepared.problems)
-    tree: Any = OmegaConf.to_container(cfg, resolve=True)
-    print_config_tree(tree, console)
-    problems = prepared.problems
-    rows = cfg.group_size * cfg.prompts_per_step
-    updates = rows // (cfg.variant.minibatch_size or rows) * cfg.variant.update_epochs
-    sizes = ", ".join(f"{name} {len(part)}" for name, part in problems.test.items())
-    tokens = cfg.rl_steps * rows * cfg.sampler.max_new_tokens
-    passes = cfg.rl_steps * cfg.prompts_per_step / max(1, len(problems.train))
-    console.print(f"data: {len(problems.train)} training problems; test sets: {sizes}")
-    console.print(
-        f"RL step: {cfg.prompts_per_step} problems x {cfg.group_size} answers = {rows} trajectories, "
-        f"{updates} optimizer step(s)"
-    )
-    console.print(
-        f"run: {cfg.rl_steps} RL steps, {cfg.rl_steps * rows:,} trajectories, at most {tokens:,} sampled tokens, "
-        f"{passes:.2f} passes over the data"
-    )
-    if cfg.token_budget is not None:
-        console.print(f"end: after the RL step that reaches {cfg.token_budget:,} sampled tokens, if that comes first")
-    console.print("dry run: nothing was loaded or trained; prompt lengths and memory were not checked")
 
 
 def quiet() -> None:

@@ -15,8 +15,9 @@ A sampler may also be fed while it runs, which is what tools need: see ``Session
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -79,6 +80,23 @@ def token_limit(request: SampleRequest, sampling: SamplingConfig) -> int:
     return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
 
+class Weights(Protocol):
+    """The trainer's weights, for a sampler that keeps weights of its own."""
+
+    adapted: bool  # trained through LoRA adapters
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole, detached tensors under their Hugging Face names, adapters merged, one at a time.
+
+        Where the trainer's weights are sharded, each tensor is gathered: every rank has to go through to the end.
+        """
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the LoRA adapters as peft does."""
+        ...
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Draws answers from the policy. See the module's contract."""
@@ -89,11 +107,13 @@ class Sampler(Protocol):
         """Samples in the order of the requests: ``result[request][sample]``. ``sampling`` None: the sampler's own."""
         ...
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def sync(self, weights: Weights, version: str) -> None:
         """Take over the trainer's weights under ``version`` and empty every cache."""
         ...
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Give memory back while the trainer works. ``generate`` and ``sync`` wake a sampler that sleeps."""
+        ...
 
     def wake(self) -> None: ...
 

@@ -8,8 +8,9 @@ know; ``auto`` tries the cascade against a plain forward on a probe and falls ba
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +27,10 @@ from transformers import (
 )
 
 from core_torl.sampler.cascade_session import CascadeSession
+from core_torl.sampler.checks import check_requests
 from core_torl.sampler.draw import draw
 from core_torl.sampler.generate_session import GenerateSession
-from core_torl.sampler.protocol import SampleRequest, SamplingConfig, Session, token_limit
+from core_torl.sampler.protocol import SampleRequest, SamplingConfig, Session, Weights
 from core_torl.sampler.rows import Rows
 from core_torl.sampler.stops import StopFinder
 from core_torl.trajectory import Sample
@@ -40,7 +42,8 @@ class TransformersSampler:
     """See core_torl.sampler.protocol for what a sampler promises.
 
     ``max_rows`` bounds how many answers grow side by side (memory). ``eos_ids`` end an answer; None takes them from the
-    model's generation config and the tokenizer.
+    model's generation config and the tokenizer. ``copy_weights`` keeps a twin of the model, which takes the trainer's
+    weights in ``sync`` only: for a trainer that works while answers are sampled, or whose weights are sharded.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class TransformersSampler:
         max_rows: int = 512,
         stop: Sequence[str] = (),
         eos_ids: Sequence[int] | None = None,
+        copy_weights: bool = False,
     ) -> None:
         if engine not in ("auto", "cascade", "generate"):
             raise ValueError(f"sampler.engine={engine!r}: use auto, cascade or generate")
         if max_rows < 1:
             raise ValueError(f"sampler.max_rows={max_rows}: must be at least 1")
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.own_weights = copy_weights
+        self.model, self.tokenizer, self.max_rows = _twin(model) if copy_weights else model, tokenizer, max_rows
         self.sampling = SamplingConfig(max_new_tokens, temperature, top_p, top_k, min_p, stop=tuple(stop))
         self.eos_ids = sorted(set(eos_ids) if eos_ids is not None else find_eos_ids(model, tokenizer))
         self.finder = StopFinder(tokenizer)
@@ -92,17 +97,7 @@ class TransformersSampler:
 
     def _check(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for i, request in enumerate(requests):
-            if not request.prompt_ids or request.n < 1:
-                raise ValueError(f"sampler: request {i} has an empty prompt or n < 1")
-            if token_limit(request, sampling) < 1:
-                raise ValueError(f"sampler: request {i} asks for {request.max_new_tokens} tokens; ask for one at least")
-            if limit and len(request.prompt_ids) + token_limit(request, sampling) > limit:
-                raise ValueError(
-                    f"sampler: prompt {i} has {len(request.prompt_ids)} tokens; with max_new_tokens="
-                    f"{token_limit(request, sampling)} it exceeds the model's {limit} positions: lower "
-                    "sampler.max_new_tokens or drop long prompts"
-                )
+        check_requests(requests, sampling, limit)
 
     def parts(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
         """Cut the requests so that no part has more than ``max_rows`` rows, if a single request does not have more."""
@@ -213,9 +208,13 @@ class TransformersSampler:
                         return f"its log-probs differ from a plain forward by {gap:.2g}"
         return None
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """The weights are shared with the trainer and no cache outlives a call: only the version changes."""
-        del named_tensors
+    @torch.no_grad()
+    def sync(self, weights: Weights, version: str) -> None:
+        """No cache outlives a call. The trainer's own weights are those of now already; a twin takes a copy of them."""
+        if self.own_weights:
+            twin = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, tensor in weights.merged():
+                twin[name].copy_(tensor)
         self.version = version
 
     def sleep(self) -> None:
@@ -226,6 +225,14 @@ class TransformersSampler:
 
     def close(self) -> None:
         """Nothing is held between calls."""
+
+
+def _twin(model: Any) -> Any:
+    """A copy of the model that is never trained, adapters merged into it."""
+    twin = copy.deepcopy(model)
+    if hasattr(twin, "merge_and_unload"):
+        twin = twin.merge_and_unload()
+    return twin.eval().requires_grad_(False)
 
 
 class _Picker(LogitsProcessor):

@@ -19,18 +19,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
-
 from core_torl.code_blocks import OUTPUT, python_blocks, select
 from core_torl.config.tool_checks import check_choice
 from core_torl.sampler.generate_session import GenerateSession
-from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session, token_limit
+from core_torl.sampler.protocol import Sampler, SampleRequest, SamplingConfig, Session, Weights, token_limit
 from core_torl.sandbox.protocol import Execution, Sandbox
 from core_torl.trajectory import Finish, Sample, ToolCall
 
@@ -131,8 +129,8 @@ class ToolSampler:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        self.sampler.sync(named_tensors, version)
+    def sync(self, weights: Weights, version: str) -> None:
+        self.sampler.sync(weights, version)
 
     def sleep(self) -> None:
         self.sampler.sleep()

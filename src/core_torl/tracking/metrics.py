@@ -44,6 +44,12 @@ _TRAIN = (
     Metric(SAMPLES, COUNT, "trajectories sampled since the start of the run, all ranks"),
     Metric(TOKENS, "tokens", "tokens sampled by the policy since the start of the run, all ranks"),
     Metric("train/optimizer_steps", COUNT, "optimizer steps since the start of the run"),
+    Metric(
+        "train/padding",
+        SHARE,
+        "of the places that passes with a gradient read, those that are padding; lower it "
+        "with variant.microbatch_tokens",
+    ),
     Metric("train/epoch", "passes", "passes over the training prompts, with a fraction"),
 )
 _REWARD = (
@@ -59,6 +65,8 @@ _ROLLOUT = (
     Metric("rollout/length_mean", "tokens", "mean length of an answer, observations of tools left out"),
     Metric("rollout/length_max", "tokens", "longest answer of the step, observations of tools left out"),
     Metric("rollout/truncated", SHARE, "answers cut by the token limit"),
+    Metric("rollout/staleness", "RL steps", "age of the policy that answered: 0, or 1 with variant.overlap"),
+    Metric("rollout/retried", COUNT, "answers asked for again since the start, as their server failed; servers only"),
     Metric("rollout/tokens_per_s", "tokens/s", "sampled tokens over the wall time of sampling, all ranks"),
 )
 _LOSS = (
@@ -79,8 +87,28 @@ _POLICY = (
     Metric("policy/old_kl", "nat/token", "KL of the old from the current policy, k3 estimate; guided rows aside"),
     Metric("policy/sampler_logprob_gap_max", NAT, "largest |log-prob of sampler - log-prob of trainer| at one weight"),
     Metric("policy/sampler_logprob_gap_mean", NAT, "mean |log-prob of sampler - log-prob of trainer| at one weight"),
+    Metric("policy/sync_gap", NAT, "the same on a fixed probe after the hand-over of weights; own weights only"),
     Metric("policy/grad_norm", "norm", "L2 norm of the gradient before it is clipped"),
     Metric("policy/lr", "1", "learning rate of the last optimizer step"),
+)
+_MISMATCH = (
+    Metric(
+        "mismatch/kl",
+        "nat/token",
+        "KL(sampler, trainer) before the step's first update, k3 estimate; over trained tokens that both saw behind "
+        "one prompt, like all of mismatch",
+    ),
+    Metric("mismatch/ratio_mean", "ratio", "mean of p_trainer / p_sampler; 1 for an exact sampler"),
+    Metric("mismatch/ratio_max", "ratio", "the largest of these ratios in the step"),
+    Metric("mismatch/outside", SHARE, "tokens whose ratio lies outside [0.9, 1.1]"),
+    Metric("mismatch/sequence_ratio_max", "ratio", "largest geometric mean of an answer's ratios"),
+    Metric("mismatch/sequence_ratio_min", "ratio", "smallest geometric mean of an answer's ratios"),
+    Metric("mismatch/weight_mean", "ratio", "mean weight that objective.correction gave; only with a correction"),
+    Metric(
+        "mismatch/bounded",
+        SHARE,
+        "tokens whose weight was cut, or that were dropped, by the bounds of objective.correction; only with one",
+    ),
 )
 _CORE = (
     Metric("core/trigger_rate", SHARE, "groups that got an intervention"),
@@ -147,6 +175,8 @@ _TIME = (
     Metric("time/reward_s", SECOND, "wall time of rewarding"),
     Metric("time/intervene_s", SECOND, "wall time of the intervention: priming, sampling and scoring once more"),
     Metric("time/learn_s", SECOND, "wall time of the forward, backward and optimizer passes"),
+    Metric("time/wait_s", SECOND, "wait for the next step's answers behind that; only with variant.overlap"),
+    Metric("time/sync_s", SECOND, "wall time of handing the new weights to the sampler and checking them"),
 )
 _EVAL_MEASURES = (
     ("accuracy", SHARE, "answers that are right; one that could not be judged counts as not right"),
@@ -178,7 +208,7 @@ _EVAL_MEASURES = (
 )
 _EVAL = tuple(Metric(f"eval/{{set}}/{{protocol}}/{measure}", unit, text) for measure, unit, text in _EVAL_MEASURES)
 
-_ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_CORE, *_TOOL, *_TIME, *_EVAL)
+_ALL = (*_TRAIN, *_REWARD, *_ROLLOUT, *_LOSS, *_POLICY, *_MISMATCH, *_CORE, *_TOOL, *_TIME, *_EVAL)
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 

@@ -7,6 +7,7 @@ SIGTERM, which clusters send) lets the RL step in progress finish, saves, and en
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import re
@@ -20,17 +21,37 @@ import torch
 from core_torl.config.errors import UserError
 from core_torl.variant.policy_gradient import PolicyGradient
 
+log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"step-(\d{6,})\.ckpt")
 
 
 class RLCheckpoint(pl.Callback):
-    """Save every ``every`` RL steps (0: never in between) and after the last one; keep the ``keep`` newest."""
+    """Save every ``every`` RL steps (0: never in between) and after the last one; keep the ``keep`` newest.
+
+    A step that fails before it has changed the weights, because its sampler or sandbox is gone, say, is as if it had
+    not begun: the state after the step before it is saved, and nothing is lost. One whose new weights cannot be handed
+    to the sampler is done, and saved as such.
+    """
 
     def __init__(self, folder: Path, every: int, keep: int) -> None:
         self.folder, self.every, self.keep = folder, every, keep
         self.interrupted = False
         self.last: Path | None = None
         self._handlers: dict[int, Any] = {}
+        self._refused = False  # the disk did not take a checkpoint: not to be tried again on the way out
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, PolicyGradient)
+        # Other ranks may be well and would not come to a joint save; a second Ctrl-C means at once.
+        if not pl_module.settled or trainer.world_size > 1 or not isinstance(exception, Exception) or self._refused:
+            return
+        step = pl_module.rl_step
+        if step and step not in found(self.folder):
+            try:
+                self.save(trainer, step)
+            except UserError as error:  # what went wrong first is what the user has to know
+                log.warning("%s", error)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def stop(number: int, frame: Any) -> None:
@@ -77,6 +98,7 @@ class RLCheckpoint(pl.Callback):
                 os.replace(part, final)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
             part.unlink(missing_ok=True)
+            self._refused = True
             if isinstance(error, RuntimeError) and "write" not in str(error).lower():
                 raise
             whole = self.last or newest(self.folder)

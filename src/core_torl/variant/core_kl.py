@@ -8,18 +8,21 @@ the primed side, gives no gradient. In the released code this term has no gradie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core_torl.config.coach_checks import check_choice
-from core_torl.objective.distillation import divergence
-from core_torl.objective.hidden import answer_hidden, check_head, head_of
+from core_torl.objective.distillation import Divergence, divergence
+from core_torl.objective.head import Head
+from core_torl.objective.hidden import answer_hidden, answer_read, check_head, head_of
 from core_torl.objective.token_batch import TokenBatch
 from core_torl.trajectory import Group, Trajectory
 from core_torl.variant.coached import Coached, Primed, judged
+from core_torl.variant.microbatches import Lengths, cut
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,16 @@ class CoreKL(Coached):
         object.__setattr__(self, "_shadow", self._make_shadow())
 
     def _make_shadow(self) -> Any:
-        """A frozen teacher of its own, where the current policy is not it: made before any training."""
-        if self.teacher == "reference":
-            return self._frozen if self._frozen is not None else self.policy.shadow(adapters=False)
+        """A frozen teacher of its own, where this model is not it: made before any training."""
+        if self.teacher == "reference":  # with LoRA the policy itself, without its adapters
+            return self._frozen if self._frozen is not None else self.policy.frozen_copy()
         moves = self.minibatch_size < self.group_size * self.stream.per_step or self.update_epochs > 1
         # With a single optimizer step the old policy is the current one.
         return self.policy.shadow() if self.teacher == "old" and moves else None
+
+    def _frozen_models(self) -> list[Any]:
+        models = super()._frozen_models()
+        return models if self._shadow is None or self._shadow is self._frozen else [*models, self._shadow]
 
     def intervene(self, groups: list[Group]) -> list[Group]:
         primed = self.coach(groups, dict.fromkeys(self.triggered(groups), self.references))
@@ -109,10 +116,25 @@ class CoreKL(Coached):
         nor the number of ranks changes how strong the term is beside the policy loss.
         """
         taken = set(rows.tolist())
-        lessons = sorted((x for x in self._lessons if x.row in taken), key=lambda x: len(x.answer.token_ids))
-        cuts = self.group_size * self.stream.per_step // self.minibatch_size
-        for start in range(0, len(lessons), self.microbatch_size):
-            yield self._divergence(lessons[start : start + self.microbatch_size]) * (cuts / self._answers)
+        lessons = [x for x in self._lessons if x.row in taken]
+        share = self.group_size * self.stream.per_step // self.minibatch_size / self._answers
+        # Each lesson is read under both prompts; the longer one says what it takes.
+        sizes = [
+            Lengths(max(len(x.plain_prompt), len(x.answer.prompt_ids)), len(x.answer.token_ids), i)
+            for i, x in enumerate(lessons)
+        ]
+        parts = [[lessons[i] for i in p.rows] for p in cut(sizes, self.microbatch_size, self.microbatch_tokens, False)]
+        idle = self._idle_rounds(len(parts))
+        with self.policy.at_hand(self._shadow):
+            for part in parts:
+                yield self._divergence(part) * share
+            for _ in range(idle):
+                yield self._divergence([self._idle()]) * 0.0
+
+    def _idle(self) -> Lesson:
+        """A lesson without weight, for a rank that keeps step with others: the shortest answer of this RL step."""
+        answer = min((t for g in self.last_sampled for t in g.trajectories), key=lambda t: len(t.token_ids))
+        return Lesson(-1, answer.prompt_ids, replace(answer, train_mask=(False,) * len(answer.token_ids)), 0.0)
 
     def _divergence(self, lessons: Sequence[Lesson]) -> Tensor:
         """Sum over these lessons of lambda times the mean (or sum) over tokens of the divergence."""
@@ -121,19 +143,38 @@ class CoreKL(Coached):
         mask = student.train_mask
         weights = torch.tensor([x.weight for x in lessons], device=self.device)
         if self.reduction == "token_mean":
-            weights = weights / mask.sum(dim=1)
-        model, coach = self.model, self.model if self._shadow is None else self._shadow
-        with torch.no_grad():
+            weights = weights / mask.sum(dim=1).clamp(min=1)
+        with torch.no_grad(), self._teaching() as coach:
             primed_states = answer_hidden(coach, teacher)[mask]  # [tokens, hidden size]
-        states = answer_hidden(model, student)[mask]
-        found = divergence(
-            states, primed_states, student.answer_ids[mask], weights[:, None].expand_as(mask)[mask],
-            head_of(model), head_of(coach), direction=self.direction, temperature=self.temperature,
-        )  # fmt: skip
-        self._now.add("core/kl_per_token", float(found.per_token.sum()))
-        self._now.count("kl tokens", len(found.per_token))
-        self._now.add_primed_gap(float(found.gap.sum()), len(found.gap))
-        return found.total
+        found: list[Divergence] = []
+
+        def read(states: Tensor, head: Head) -> Tensor:
+            found.append(divergence(
+                states[mask], primed_states, student.answer_ids[mask], weights[:, None].expand_as(mask)[mask],
+                head, self._teacher_head(head), direction=self.direction, temperature=self.temperature,
+            ))  # fmt: skip
+            return found[-1].total.view(1, 1, 1)
+
+        total = answer_read(self.model, student, read).view(())
+        self._now.add("core/kl_per_token", float(found[0].per_token.sum()))
+        self._now.count("kl tokens", len(found[0].per_token))
+        self._now.add_primed_gap(float(found[0].gap.sum()), len(found[0].gap))
+        return total
+
+    @contextmanager
+    def _teaching(self) -> Iterator[Any]:
+        """The teacher, for a pass under the primed prompt."""
+        if self.teacher == "reference" and self._shadow is None:
+            with self.policy.reference(None) as coach:
+                yield coach
+        else:
+            yield self.model if self._shadow is None else self._shadow
+
+    def _teacher_head(self, head: Head) -> Head:
+        """The teacher's own head; ``head``: the policy's, adapters included."""
+        if self._shadow is not None:
+            return head_of(self._shadow)
+        return getattr(head_of(self.model), "base_layer", head) if self.teacher == "reference" else head
 
     def _batch(self, prompts: Sequence[tuple[int, ...]], lessons: Sequence[Lesson]) -> TokenBatch:
         answers = [x.answer for x in lessons]

@@ -1,7 +1,9 @@
 """Gradients of several ranks and of several losses: summed here, once for each optimizer step, and measured.
 
 Ranks may have different numbers of parts to back-propagate, so DDP's own hooks, which sum after each backward pass,
-would wait for each other for ever.
+would wait for each other for ever. FSDP has no choice: each of its passes is one of all ranks. There all ranks run as
+many passes as the one with the most (``largest_over_ranks``), the others with rows that weigh nothing, and what a
+backward pass leaves is the sum over the ranks already (see model/sharding.py).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core_torl.model.sharding import whole
+
 
 def sum_over_ranks(value: Tensor, ranks: int) -> Tensor:
     """``value`` summed in place over all ranks. Every rank has to call it."""
@@ -20,12 +24,25 @@ def sum_over_ranks(value: Tensor, ranks: int) -> Tensor:
     return value
 
 
+def largest_over_ranks(value: int, ranks: int, device: torch.device) -> int:
+    """The largest ``value`` of any rank. Every rank has to call it."""
+    if ranks == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def sum_gradients(parameters: Sequence[Tensor], ranks: int) -> None:
-    """Sum each parameter's gradient over all ranks; zeros where a rank had nothing to learn from."""
+    """Sum each parameter's gradient over all ranks; zeros where a rank had nothing to learn from.
+
+    A shard's gradient has been summed by the backward pass.
+    """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        sum_over_ranks(parameter.grad, ranks)
+        if not hasattr(parameter, "full_tensor"):
+            sum_over_ranks(parameter.grad, ranks)
 
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -49,7 +66,7 @@ def add_gradients(parameters: Sequence[Tensor], taken: Sequence[Tensor]) -> tupl
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     """The L2 norm of all numbers together."""
-    return float(torch.nn.utils.get_total_norm(list(tensors)))
+    return float(whole(torch.nn.utils.get_total_norm(list(tensors))))
 
 
 def check_first_update(metrics: Any, started: bool, limit: float, ranks: int, device: torch.device) -> bool:

@@ -1,10 +1,11 @@
 """The one training step: sample, reward, intervene, weigh, learn.
 
-    groups = self.sample(problems)          # N trajectories a problem
+    groups = self.sample(problems, step)    # N trajectories a problem
     self.reward(groups)                     # named parts, policy-written text only
     groups = self.intervene(groups)         # identity, unless a variant coaches
     batch  = self.weigh(groups)             # advantages -> TokenBatch
-    self.learn(batch)                       # minibatches: policy loss + auxiliary loss, clip, step
+    self.learn(batch)                       # minibatches: policy loss + auxiliary loss, clip, step (learning.py)
+    self._hand_over()                       # the sampler gets the new weights, and proves that it has them
 
 A variant overrides ``intervene`` and ``auxiliary_losses``, nothing else. One Lightning batch is one RL step with manual
 optimization; every random number of a step comes from (seed, step, rank), so a run that was killed and resumed
@@ -15,32 +16,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from core_torl.config.errors import UserError
 from core_torl.data.stream import PromptStream, StepIndices
 from core_torl.model.load import Policy
-from core_torl.objective.logprobs import answer_logprobs
-from core_torl.objective.shared_prompts import prompt_groups
 from core_torl.objective.token_batch import TokenBatch
 from core_torl.problem import Concept, Problem
 from core_torl.sampler.protocol import Sampler, SampleRequest
 from core_torl.trajectory import Group, Sample, Trajectory
-from core_torl.variant.gradients import (
-    add_gradients,
-    check_first_update,
-    sum_gradients,
-    sum_over_ranks,
-    take_gradients,
-)
+from core_torl.variant.ahead import Ahead, Answers
 from core_torl.variant.judging import Judging
+from core_torl.variant.learning import Learning
 from core_torl.variant.step_metrics import StepMetrics, group_metrics
+from core_torl.variant.sync_check import check_sync, has_own_weights, probe_of, retries, room
 
 Encode = Callable[[Problem, Concept | None], tuple[int, ...]]
 
@@ -50,7 +42,7 @@ def stream_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 2
 
 
-class PolicyGradient(pl.LightningModule):
+class PolicyGradient(Learning):
     """GRPO on problems with verifiable answers; the base of every variant.
 
     The keyword arguments of the second line come from the program, those after them from ``conf/variant``; their
@@ -78,10 +70,13 @@ class PolicyGradient(pl.LightningModule):
         grad_clip: float = 1.0,
         minibatch_size: int | None = None,
         microbatch_size: int = 64,
+        microbatch_tokens: int | None = None,
         update_epochs: int = 1,
         skip_zero_advantage: bool = True,
         share_prompts: bool = True,
         first_step_gap: float | None = 1e-4,
+        sync_gap: float | None = 1e-4,
+        overlap: bool = False,
         max_excluded: float = 0.5,
         max_aborted: float = 0.1,
     ) -> None:  # fmt: skip
@@ -100,17 +95,26 @@ class PolicyGradient(pl.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.grad_clip, self.update_epochs = warmup_steps, grad_clip, update_epochs
         self.minibatch_size = minibatch_size or group_size * prompts_per_step
-        self.microbatch_size, self.skip_zero_advantage = microbatch_size, skip_zero_advantage
+        self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
+        self.skip_zero_advantage = skip_zero_advantage
         self.share_prompts = share_prompts
         self.first_step_gap, self.max_excluded, self.max_aborted = first_step_gap, max_excluded, max_aborted
+        self.sync_gap, self.overlap, self._ahead = sync_gap, overlap, Ahead()
         self.fingerprint, self.augment, self.token_budget = fingerprint, augment, token_budget
         self.rl_step = 0  # completed RL steps
         self.samples_seen = self.tokens_seen = self.updates = 0
+        self.settled = True  # between two steps, where a checkpoint is that of a whole number of steps
         self._first_checked = False  # since this process started: a resumed run checks its sampler again
         self.last_metrics: dict[str, float] = {}
         self.last_sampled: list[Group] = []  # as the policy answered, before a coach replaced anything
         self.last_groups: list[Group] = []
         self.check_problems(self.problems)
+        if overlap and not has_own_weights(sampler):
+            raise ValueError(
+                "variant.overlap=true: this sampler works with the trainer's own weights, which move while it samples; "
+                "set sampler.copy_weights=true, or use sampler=vllm_server"
+            )
+        self._probe = probe_of([encode(p, None) for p in self.problems[:8]], room(sampler, self.model.config))
 
     @classmethod
     def check_problems(cls, problems: Sequence[Problem]) -> None:
@@ -131,12 +135,17 @@ class PolicyGradient(pl.LightningModule):
         self._now, started = StepMetrics(self.coached), time.perf_counter()
         self._drawn = [0, 0]  # trajectories and tokens sampled in this step, primed ones included
         self._judging = Judging(step, self.max_excluded, self.max_aborted, self._sum_over_ranks, self.device)
+        ahead = self._ahead.take(step)
+        self._stale = ahead is not None
         with self._now.timed("time/sample_s"):
-            groups = self.sample(self._problems_of(step))
+            groups = self.sample(self._problems_of(step), step, ahead)
+        self._now.update(retries(self.sampler))
+        if self._stale:  # they were sampled while the step before trained
+            self._now.update({"time/sample_s": self._ahead.seconds})
         with self._now.timed("time/reward_s"):
             self.reward(groups)
         self.last_sampled = groups
-        self._now.update(group_metrics(groups))
+        self._now.update(group_metrics(groups) | {"rollout/staleness": float(self._stale)})
         self._now.per_second(
             "rollout/tokens_per_s", sum(t.sample.drawn for g in groups for t in g.trajectories), "time/sample_s"
         )
@@ -146,36 +155,66 @@ class PolicyGradient(pl.LightningModule):
         else:
             groups = self.intervene(groups)
         token_batch = self.weigh(groups)
+        self.settled = False
+        self._count_drawn()
+        if self.overlap and step + 1 < self.rl_steps and not self._budget_spent:
+            self._ahead.start(step + 1, lambda: self.answers(self._problems_of(step + 1), step + 1))
+        else:
+            self.sampler.sleep()
         with self._now.timed("time/learn_s"):
             self.learn(token_batch)
-        self._now.update({"time/step_s": time.perf_counter() - started})
-        self.rl_step = step + 1
-        self._report(groups)
+        # From here on the step is done, whatever becomes of the sampler: a run that stops now has lost nothing.
+        self.rl_step, self.settled, self.last_groups = step + 1, True, groups
+        try:
+            self._prepare_next()
+        except Exception:
+            if self._ranks == 1:  # the others may be well, and would wait in vain for this one to report
+                self._report(started)
+            raise
+        self._report(started)
         self.trainer.should_stop |= self.finished
 
-    def sample(self, problems: Sequence[Problem]) -> list[Group]:
-        """N trajectories for each problem, under the plain prompt."""
-        requests = [
-            SampleRequest(
-                self.encode(p, None),
-                self.group_size,
-                # The place among all ranks, so that a problem's answers do not depend on the number of ranks.
-                stream_seed(self.seed, "sample", self.rl_step, p.uid, self.global_rank + i * self._ranks),
-            )
-            for i, p in enumerate(problems)
-        ]
-        groups = self.draw(requests)
+    def _prepare_next(self) -> None:
+        """Wait for answers in the making, then give the sampler the new weights."""
+        if self.overlap:
+            with self._now.timed("time/wait_s"):
+                self._ahead.wait()
+        with self._now.timed("time/sync_s"):
+            gap = self._hand_over()
+        self._now.update({} if gap is None else {"policy/sync_gap": gap})
+
+    def sample(self, problems: Sequence[Problem], step: int, answers: Answers | None = None) -> list[Group]:
+        """N trajectories for each problem, under the plain prompt; ``answers``: where they were sampled ahead."""
+        if answers is None:
+            answers = self.answers(problems, step)
+        self._count(answers)
         return [
-            Group(p, [self.trajectory(p, r.prompt_ids, s) for s in samples])
-            for p, r, samples in zip(problems, requests, groups, strict=True)
+            Group(p, [self.trajectory(p, self.encode(p, None), s) for s in samples])
+            for p, samples in zip(problems, answers, strict=True)
         ]
 
-    def draw(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+    def answers(self, problems: Sequence[Problem], step: int) -> Answers:
+        """N answers to each problem: [problem][answer]. They depend on the weights, the seed and the step alone."""
+        # The place among all ranks, so that a problem's answers do not depend on the number of ranks.
+        places = [self.global_rank + i * self._ranks for i in range(len(problems))]
+        return self.sampler.generate(
+            [
+                SampleRequest(
+                    self.encode(p, None), self.group_size, stream_seed(self.seed, "sample", step, p.uid, place)
+                )
+                for p, place in zip(problems, places, strict=True)
+            ]
+        )
+
+    def draw(self, requests: Sequence[SampleRequest]) -> Answers:
         """One call of the sampler, counted."""
-        groups = self.sampler.generate(requests)
-        self._drawn[0] += sum(len(samples) for samples in groups)
-        self._drawn[1] += sum(s.drawn for samples in groups for s in samples)
-        return groups
+        answers = self.sampler.generate(requests)
+        self._count(answers)
+        return answers
+
+    def _count(self, answers: Answers) -> None:
+        self._drawn[0] += sum(len(samples) for samples in answers)
+        self._drawn[1] += sum(s.drawn for samples in answers for s in samples)
 
     def trajectory(self, problem: Problem, prompt_ids: tuple[int, ...], sample: Sample) -> Trajectory:
         """A sampled answer as a trajectory."""
@@ -205,149 +244,16 @@ class PolicyGradient(pl.LightningModule):
             advantages, self.policy.pad_id, self.device, [t.behaviour for t in flat],
         )  # fmt: skip
 
-    def auxiliary_losses(self, rows: Tensor) -> Iterator[Tensor]:
-        """A variant's own loss for the rows of one optimizer step, in parts that add up to it, already scaled.
-
-        Each part is back-propagated before the next one is asked for: that is what bounds the memory.
-        """
-        yield from ()
-
-    def learn(self, batch: TokenBatch) -> None:
-        """Optimizer steps over the batch, ``minibatch_size`` trajectories each, ``update_epochs`` times."""
-        share = self.minibatch_size // self._ranks
-        cuts = [torch.arange(s, min(s + share, batch.rows), device=self.device) for s in range(0, batch.rows, share)]
-        self.model.train()
-        if self.objective.needs_reference:
-            with self.policy.reference(self._frozen) as reference:
-                batch.reference_logprobs = self._forward_only(reference, batch)
-        if len(cuts) * self.update_epochs > 1:
-            # The policy moves between the optimizer steps: keep where it stood before the first one.
-            batch.old_logprobs = self._forward_only(self.model, batch)
-            self._compare_with_sampler(batch.old_logprobs, batch)
-        for _ in range(self.update_epochs):
-            for rows in cuts:
-                self._optimizer_step(batch, rows)
-
-    # ---- one optimizer step --------------------------------------------------------------------------------------
-
-    def _optimizer_step(self, batch: TokenBatch, rows: Tensor) -> None:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad(set_to_none=False)
-        denominator = self._sum_over_ranks(self.objective.denominator(batch.train_mask[rows])).clamp(min=1)
-        with self._own_gradient_sync():
-            held = self._auxiliary_gradient(rows)
-            for part in self._microbatches(batch, rows):
-                logprobs, entropies = answer_logprobs(
-                    self.model, part, self.temperature, self.objective.needs_entropy, self.share_prompts
-                )
-                if batch.old_logprobs is None:
-                    self._compare_with_sampler(logprobs.detach(), part)
-                loss = self.objective.loss(logprobs, entropies, part, denominator)
-                self.manual_backward(loss.total)
-                self._now.add_loss(loss, entropies, part.train_mask)
-        self._check_first_update()
-        sum_gradients(self._trained(), self._ranks)
-        if held is not None:
-            auxiliary, own = add_gradients(self._trained(), held)
-            self._now.count("auxiliary updates", 1)
-            self._now.add("core/auxiliary_grad_norm", auxiliary)
-            self._now.add("core/auxiliary_grad_share", auxiliary / max(auxiliary + own, 1e-12))
-        norm = self._clip()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"RL step {self.rl_step}: the gradient norm is {norm.item()}; lower variant.lr")
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else self.lr
-        optimizer.step()
-        self.updates += 1
-        self.sampler.sync(self.model.named_parameters(), str(self.updates))
-        self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])
-
-    def _auxiliary_gradient(self, rows: Tensor) -> list[Tensor] | None:
-        """The gradient of the variant's own loss over all ranks, taken off the parameters so that it can be measured.
-
-        None where the variant has no such loss. Every rank takes part, also one without a row of its own.
-        """
-        if type(self).auxiliary_losses is PolicyGradient.auxiliary_losses:
-            return None
-        for part in self.auxiliary_losses(rows):
-            self.manual_backward(part)
-            self._now.add("loss/auxiliary", float(part.detach()))
-            self._now.add("loss/total", float(part.detach()))
-        sum_gradients(self._trained(), self._ranks)
-        return take_gradients(self._trained())
-
-    def _microbatches(self, batch: TokenBatch, rows: Tensor) -> Iterator[TokenBatch]:
-        """The rows of one optimizer step in memory-sized parts of like length; rows without gradient are left out."""
-        useful = batch.train_mask[rows].any(dim=1)
-        if self.skip_zero_advantage and not (self.objective.needs_reference or self.objective.needs_entropy):
-            useful &= batch.advantages[rows] != 0
-        rows = rows[useful]
-        if self.share_prompts and len(rows):  # answers to one prompt side by side
-            rows = rows[prompt_groups(batch.select(rows)).argsort(stable=True)]
-        else:
-            rows = rows[batch.attention_mask[rows].sum(dim=1).argsort(stable=True)]
-        for start in range(0, len(rows), self.microbatch_size):
-            yield batch.select(rows[start : start + self.microbatch_size])
-
-    @torch.no_grad()
-    def _forward_only(self, model: Any, batch: TokenBatch) -> Tensor:
-        """Log-probs of all answers under ``model``: [rows, answer length]; zeros right of each row's answer."""
-        result = torch.zeros_like(batch.sampled_logprobs)
-        for start in range(0, batch.rows, self.microbatch_size):
-            part = batch.select(slice(start, start + self.microbatch_size))
-            logprobs, _ = answer_logprobs(model, part, self.temperature, share_prompts=self.share_prompts)
-            result[start : start + part.rows, : part.answer_length] = logprobs
-        return result
-
-    def _compare_with_sampler(self, logprobs: Tensor, part: TokenBatch) -> None:
-        """Record the log-prob gap between trainer and sampler on trained tokens that both saw behind one prompt."""
-        compared = part.train_mask & ~part.foreign[:, None]
-        gap = torch.where(compared, (logprobs - part.sampled_logprobs).abs(), 0.0)
-        self._now.add_gap(float(gap.max()), float(gap.sum()), int(compared.sum()))
-
-    def _check_first_update(self) -> None:
-        # Before an RL step's first update, that is: afterwards ratios are meant to move.
-        if self.first_step_gap is not None and not self._first_checked and not self._now.updates:
-            self._first_checked = check_first_update(
-                self._now, self.updates == 0, self.first_step_gap, self._ranks, self.device
-            )
-
-    def _clip(self) -> Tensor:
-        limit = self.grad_clip if self.grad_clip > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(self._trained(), limit)
-
-    def _own_gradient_sync(self) -> Any:
-        """Ranks may have different numbers of parts, so gradients are summed here, once, not by DDP each time."""
-        strategy: Any = self.trainer.strategy
-        return strategy.block_backward_sync() if self._ranks > 1 else nullcontext()
-
     # ---- small parts ---------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
         """Whether all RL steps are done, or the token budget is spent."""
-        return self.rl_step >= self.rl_steps or (
-            self.token_budget is not None and self.tokens_seen >= self.token_budget
-        )
+        return self.rl_step >= self.rl_steps or self._budget_spent
 
     @property
-    def policy(self) -> Policy:
-        return self._parts["policy"]
-
-    @property
-    def sampler(self) -> Sampler:
-        return self._parts["sampler"]
-
-    @property
-    def objective(self) -> Any:
-        return self._parts["objective"]
-
-    @property
-    def _ranks(self) -> int:
-        return self.trainer.world_size
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def _budget_spent(self) -> bool:
+        return self.token_budget is not None and self.tokens_seen >= self.token_budget
 
     def _problems_of(self, step: int) -> list[Problem]:
         """This rank's share of the step's problems, varied if the run varies them."""
@@ -357,15 +263,22 @@ class PolicyGradient(pl.LightningModule):
         seeds = [stream_seed(self.seed, "augment", step, place) for place, _ in places]
         return [self.augment(self.problems[i], seed) for (_, i), seed in zip(places, seeds, strict=True)]
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return sum_over_ranks(value, self._ranks)
-
-    def _report(self, groups: list[Group]) -> None:
+    def _count_drawn(self) -> None:
         totals = torch.tensor(self._drawn, dtype=torch.float64, device=self.device)
         samples, tokens = self._sum_over_ranks(totals).tolist()
         self.samples_seen += int(samples)
         self.tokens_seen += int(tokens)
-        self.last_groups = groups
+
+    def _hand_over(self) -> float | None:
+        """Give the sampler the weights of now, and make sure that it has them. Returns the gap that was found."""
+        version = str(self.updates)
+        self.sampler.sync(self.policy, version)
+        if not has_own_weights(self.sampler):
+            return None
+        return check_sync(self.sampler, self.model, self._probe, version, self.sync_gap)
+
+    def _report(self, started: float) -> None:
+        self._now.update({"time/step_s": time.perf_counter() - started})
         self.last_metrics = self._now.finish(self._ranks, self.device, self.objective.needs_entropy) | {
             "train/rl_step": self.rl_step,
             "train/samples": self.samples_seen,
@@ -377,9 +290,6 @@ class PolicyGradient(pl.LightningModule):
             self.logger.log_metrics(self.last_metrics, step=self.rl_step)
 
     # ---- Lightning -----------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self._trained(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
     def train_dataloader(self) -> Any:
         return StepIndices(self.rl_steps if self.finished else self.rl_step, self.rl_steps)
@@ -395,16 +305,18 @@ class PolicyGradient(pl.LightningModule):
         checkpoint["core_torl"] = {
             "rl_step": self.rl_step, "samples": self.samples_seen, "tokens": self.tokens_seen, "updates": self.updates,
             "fingerprint": self.fingerprint, "run_id": str(self.logger.version) if self.logger else None,
+            "ahead": self._ahead.state(self._ranks),
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["core_torl"]
         self.rl_step, self.updates = state["rl_step"], state["updates"]
         self.samples_seen, self.tokens_seen = state["samples"], state["tokens"]
+        self._ahead.restore(state.get("ahead"), self.global_rank, self._ranks)
         # Lightning would take a checkpoint of a finished epoch for the end of all training and run no further step.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False
 
     def on_train_start(self) -> None:
         # Not in on_load_checkpoint, which runs before the weights are loaded.
-        self.sampler.sync(self.model.named_parameters(), str(self.updates))
+        self._hand_over()

@@ -16,6 +16,7 @@ from core_torl.intervention.worked_solution import check_solutions
 from core_torl.objective.likelihood import Likelihood
 from core_torl.problem import Problem
 from core_torl.trajectory import Group, Sample
+from core_torl.variant.ahead import Answers
 from core_torl.variant.policy_gradient import PolicyGradient
 
 
@@ -33,7 +34,7 @@ class SupervisedFineTuning(PolicyGradient):
     def check_problems(cls, problems: Sequence[Problem]) -> None:
         check_solutions(problems, "variant=sft")
 
-    def sample(self, problems: Sequence[Problem]) -> list[Group]:
+    def sample(self, problems: Sequence[Problem], step: int, answers: Answers | None = None) -> list[Group]:
         """Each problem's solution, ended, as its one trajectory."""
         groups = []
         for problem in problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core_torl.objective.mismatch import Mismatch
 from core_torl.reward.base import outcome_rates
 from core_torl.trajectory import Group
 
 # Metrics of which ranks report the largest value instead of the mean.
 _LARGEST = (
     "policy/ratio_max", "policy/sampler_logprob_gap_max", "rollout/length_max", "core/replaced_ratio_max",
-    "tool/latency_p50_s", "tool/latency_p95_s",
+    "tool/latency_p50_s", "tool/latency_p95_s", "mismatch/ratio_max", "mismatch/sequence_ratio_max",
 )  # fmt: skip
+# And of which the smallest.
+_SMALLEST = ("mismatch/sequence_ratio_min",)
+# Extremes of a step start here, so that every rank has a value, also one that compared nothing.
+_EXTREMES = {
+    "policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0, "mismatch/ratio_max": 0.0,
+    "mismatch/sequence_ratio_max": 0.0, "mismatch/sequence_ratio_min": math.inf,
+}  # fmt: skip
 
 # What each sum is divided by when the step ends; "total" is not divided.
 _SUMS = {
@@ -26,7 +35,10 @@ _SUMS = {
     **dict.fromkeys(("core/auxiliary_grad_norm", "core/auxiliary_grad_share"), "auxiliary updates"),
     **dict.fromkeys(("policy/ratio_mean", "policy/clip_fraction", "policy/old_kl"), "own tokens"),
     "policy/entropy": "tokens",
+    "train/padding": "token places",
     "policy/sampler_logprob_gap_mean": "compared tokens",
+    **dict.fromkeys(("mismatch/kl", "mismatch/ratio_mean", "mismatch/outside"), "compared tokens"),
+    **dict.fromkeys(("mismatch/weight_mean", "mismatch/bounded"), "weighed tokens"),
     **dict.fromkeys(("core/trigger_rate", "core/gated"), "groups"),
     **dict.fromkeys(("core/primed_accuracy",), "primed answers"),
     **dict.fromkeys(("core/primed_tokens", "core/replaced_tokens"), "total"),
@@ -60,8 +72,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _larger(one: float, two: float) -> float:
-    """The larger number, and NaN if ``two`` is: max() would drop it, and a check would pass on nothing."""
-    return one if two <= one else two
+    """The larger number, and NaN if one of them is: max() would drop it, and a check would pass on nothing."""
+    return one if math.isnan(one) or two <= one else two
 
 
 class StepMetrics:
@@ -72,11 +84,12 @@ class StepMetrics:
         # Every rank reports the same names, also one whose rows had nothing to train on.
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
         self._counts: dict[str, float] = dict.fromkeys(set(_SUMS.values()), 0.0)
-        self._plain: dict[str, float] = {"policy/ratio_max": 0.0, "policy/sampler_logprob_gap_max": 0.0}
+        self._plain: dict[str, float] = dict(_EXTREMES)
         self._ratios: dict[str, tuple[float, float]] = {}
         self._ratio_gap = 0.0
         if coached:
             self._plain["core/replaced_ratio_max"] = 0.0
+        self.exact_sampler = True  # False where it is meant to differ from the trainer: a gap is then no fault
         self._coached = coached
 
     def update(self, metrics: dict[str, float]) -> None:
@@ -121,6 +134,9 @@ class StepMetrics:
         self._ratio_gap = _larger(self._ratio_gap, float(loss.ratio_gap))
         self.count("tokens", float(loss.tokens))
         self.count("own tokens", float(loss.own_tokens))
+        self.add("mismatch/weight_mean", float(loss.weight_sum))
+        self.add("mismatch/bounded", float(loss.bounded))
+        self.count("weighed tokens", float(loss.weighed_tokens))
         if self._coached:
             self.add("core/replaced_ratio_mean", float(loss.foreign_ratio_sum))
             self.add("core/replaced_clip_fraction", float(loss.foreign_clipped))
@@ -133,10 +149,18 @@ class StepMetrics:
         self.add("core/primed_logprob_gap", total)
         self.count("primed tokens", tokens)
 
-    def add_gap(self, largest: float, total: float, tokens: int) -> None:
-        self._largest("policy/sampler_logprob_gap_max", largest)
-        self.add("policy/sampler_logprob_gap_mean", total)
-        self.count("compared tokens", tokens)
+    def add_mismatch(self, found: Mismatch) -> None:
+        """What a part of the batch has to say of sampler and trainer, before the step's first update."""
+        self._largest("policy/sampler_logprob_gap_max", float(found.gap_max))
+        self.add("policy/sampler_logprob_gap_mean", float(found.gap_sum))
+        self.add("mismatch/kl", float(found.kl_sum))
+        self.add("mismatch/ratio_mean", float(found.ratio_sum))
+        self.add("mismatch/outside", float(found.outside))
+        self._largest("mismatch/ratio_max", float(found.ratio_max))
+        self._largest("mismatch/sequence_ratio_max", float(found.sequence_ratio_max))
+        smallest = "mismatch/sequence_ratio_min"
+        self._plain[smallest] = -_larger(-self._plain[smallest], -float(found.sequence_ratio_min))
+        self.count("compared tokens", float(found.tokens))
 
     @property
     def compared(self) -> bool:
@@ -149,8 +173,14 @@ class StepMetrics:
         return int(self._counts["updates"])
 
     def deviations(self) -> tuple[float, float, float]:
-        """Largest sampler gap, largest distance of a ratio from 1, and the KL to the reference, so far."""
-        return self._plain["policy/sampler_logprob_gap_max"], self._ratio_gap, abs(self._sums["loss/reference_kl"])
+        """Largest sampler gap, largest distance of a ratio from 1, and the KL to the reference, so far.
+
+        Infinity stands for NaN, which the maximum over ranks would lose.
+        """
+        gap = self._plain["policy/sampler_logprob_gap_max"] if self.exact_sampler else 0.0
+        found = gap, self._ratio_gap, abs(self._sums["loss/reference_kl"])
+        gap, ratio, kl = (math.inf if math.isnan(value) else value for value in found)
+        return gap, ratio, kl
 
     def optimizer_step(self, grad_norm: float, lr: float) -> None:
         self.add("policy/grad_norm", grad_norm)
@@ -171,15 +201,18 @@ class StepMetrics:
         ).reshape(-1, 2)
         names = sorted(self._plain)
         plain = torch.tensor([self._plain[n] for n in names], dtype=torch.float64, device=device)
-        largest = plain.clone()
+        sign = torch.tensor([-1.0 if n in _SMALLEST else 1.0 for n in names], dtype=torch.float64, device=device)
+        largest = plain * sign
         if ranks > 1:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(pairs_of)
             torch.distributed.all_reduce(plain)
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         totals, counts = sums[: len(_SUMS)].tolist(), dict(zip(kinds, sums[len(_SUMS) :].tolist(), strict=True))
-        pairs = zip(names, (plain / ranks).tolist(), largest.tolist(), strict=True)
-        result = {n: big if n in _LARGEST else mean for n, mean, big in pairs}
+        pairs = zip(names, (plain / ranks).tolist(), (largest * sign).tolist(), strict=True)
+        # A NaN of one rank is in the sum, but a maximum over ranks may lose it.
+        extreme = {*_LARGEST, *_SMALLEST}
+        result = {n: big if n in extreme and not math.isnan(mean) else mean for n, mean, big in pairs}
         for (name, denominator), total in zip(_SUMS.items(), totals, strict=True):
             if name.startswith("core/") and not self._coached:
                 continue
@@ -187,7 +220,7 @@ class StepMetrics:
                 result[name] = total
             elif name.startswith("loss/"):  # each rank's loss is its share of one sum
                 result[name] = total / max(1.0, counts[denominator] / ranks)
-            elif counts[denominator] or not name.startswith("core/"):
+            elif counts[denominator] or not name.startswith(("core/", "mismatch/")):
                 # Without a primed answer there is no rate of right ones: such a step has no value, not a zero.
                 result[name] = total / max(1.0, counts[denominator])
         for name, (part, whole) in zip(sorted(self._ratios), pairs_of.tolist(), strict=True):
@@ -198,6 +231,10 @@ class StepMetrics:
                 del result[name]
         if "rollout/tokens_per_s" in result:  # ranks sample side by side
             result["rollout/tokens_per_s"] *= ranks
+        if not counts["compared tokens"]:
+            for name in _EXTREMES:
+                if name.startswith("mismatch/"):
+                    del result[name]
         if self._coached and not counts["replaced tokens"]:
             del result["core/replaced_ratio_max"]
         if not entropy:  # it was not computed; a zero would read as a collapse

@@ -28,4 +28,4 @@ def task(cfg: Any) -> float:
 
 if __name__ == "__main__":
     os.environ["CORE_TORL_CONF"] = conf_dir()
-    run_app("noop", task, record=True, config_dir=str(Path(__file__).parent))
+    run_app("noop", task, record=True, config_dir=str(Path(__file__).parent), imports=("hydra",))
