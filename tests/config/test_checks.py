@@ -19,6 +19,7 @@ from .test_compose import composed
         (["sampler.top_k=5", "objective.correction=none"], "sampler.top_k=5 in training"),
         (["variant.overlap=true"], "set sampler.copy_weights=true"),
         (["ablation=sft", "variant.overlap=true"], "variant=sft samples nothing"),
+        (["trainer.precision=16-mixed"], "use 32-true, 64-true or bf16-mixed"),
         (["trainer.devices=2"], "set trainer.strategy=ddp"),
         (["trainer=ddp", "prompts_per_step=3"], "prompts_per_step=3 must be a multiple of the 2 processes"),
     ],

@@ -51,7 +51,12 @@ def test_missing_vllm_is_said_with_the_command_that_installs_it(installed):
         (["sampler.gpu_memory_utilization=90"], "a share of the device"),
         (["sampler.max_rows=0"], "sampler.max_rows=0"),
         (["sampler.kv_cache_mb=0"], "sampler.kv_cache_mb=0"),
-        (["sampler.max_model_len=64", "model.max_new_tokens=64"], "prompt and answer together"),
+        (["sampler.max_model_len=800"], "prompt and answer together.*set it to 816 at least"),
+        (["sampler.dtype=half"], r"sampler\.dtype='half': use float32"),
+        (
+            ["trainer=gpu", "variant.overlap=true"],
+            "variant.overlap=true with sampler=vllm: engine and trainer share a GPU",
+        ),
         (["sampler.top_p=0.9"], "sampler.top_p=0.9 in training"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],

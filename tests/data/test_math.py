@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core_torl.data.math import MathProblems
-from core_torl.data.question_sets import normalised
+from core_torl.data.question_sets import Bad, QuestionSets, Row, normalised, place_of
 
 LEAKED, REPEATED = 0, 3
 SHARED = Path(os.environ.get("CORE_TORL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
@@ -163,8 +163,35 @@ def test_doubled_training_rows_are_counted_and_folded_as_asked(file):
 def test_held_out_questions_are_nowhere_in_training(file):
     loaded = load(file([qa(f"Q {i // 2} ?" if i % 2 else f"q{i // 2}") for i in range(40)]), test_fraction=0.25)
     tested = {normalised(p.question) for p in loaded.test["train"]}
-    assert len(tested) == 5 and not tested & {normalised(p.question) for p in loaded.train}
+    assert tested and not tested & {normalised(p.question) for p in loaded.train}
+    assert len(loaded.test["train"]) == len(tested), "the other spelling of a held-out question is folded"
     assert loaded.report["asked_in_test"] == 0
+    assert loaded.report["held_out"] == {"questions": len(tested), "of": 20}
+
+
+def test_no_other_row_decides_whether_a_question_is_held_out(file):
+    """Rows appended, taken away, sorted: every question that is still there is on the side where it was."""
+    questions = [f"What is {i}?" for i in range(200)]
+
+    def tested(asked: list[str], **settings: Any) -> set[str]:
+        loaded = load(file([qa(q) for q in asked]), **{"test_fraction": 0.2, **settings})
+        return {p.question for p in loaded.test["train"]}
+
+    before = tested(questions)
+    assert tested([*questions, "One more?"]) - {"One more?"} == before
+    assert tested(questions[7:]) == before - set(questions[:7]) and tested(questions[::-1]) == before
+    assert before < tested(questions, test_fraction=0.4) and tested(questions, seed=1) != before
+
+
+def test_the_share_that_is_held_out_is_about_what_was_asked_for():
+    """Within four standard deviations of a fair draw, for several seeds: places are even from 0 to 1."""
+    for seed in range(3):
+        places = [place_of(f"Question {i}", seed) for i in range(2000)]
+        assert all(0 <= place < 1 for place in places)
+        for share in (0.05, 0.1, 0.5, 0.9):
+            found = sum(place < share for place in places) / 2000
+            assert abs(found - share) < 4 * (share * (1 - share) / 2000) ** 0.5
+    assert place_of("  QUESTION 7 ?", 0) == place_of("question 7", 0)
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
@@ -182,6 +209,37 @@ def test_a_folder_laid_out_like_a_data_set_of_the_hub_is_read_by_split(file, tmp
     loaded = load(str(folder), test_path=str(folder), streaming=True, limit=3)
     assert len(loaded.train) == 3 and {name: len(part) for name, part in loaded.test.items()} == {"some_set": 2}
     assert loaded.report["rows"] == {f"{folder}:train": 3, f"{folder}:test": 2}
+    assert [p.uid for p in loaded.train] == [f"some_set.train-0000{i}" for i in range(3)]
+    assert [p.uid for p in loaded.test["some_set"]] == ["some_set.test-00000", "some_set.test-00001"]
+
+
+def test_folders_and_files_of_one_name_have_uids_of_their_own(file, tmp_path, monkeypatch):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders = []
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "one_set"
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text(json.dumps(qa(f"{parent}?")) + "\n")
+        folders.append(str(folder))
+    clash = file([qa("c?")], "one_set.train.2.jsonl")
+    loaded = load([clash, *folders], split="train[:100%]")
+    assert [p.uid for p in loaded.train] == [
+        "one_set.train.2-00000", "one_set.train_100_-00000", "one_set.train_100_.2-00000",
+    ]  # fmt: skip
+    loaded = load([clash, *folders], test_path=[file([qa("d?")], "one_set.train.jsonl")])
+    assert [p.uid for p in loaded.train] == [f"one_set.train{end}-00000" for end in (".2", "", ".3")]
+    assert [p.uid for p in loaded.test["one_set.train"]] == ["one_set.train.4-00000"]
+
+
+def test_two_problems_with_one_uid_are_refused():
+    class Twice(QuestionSets):
+        def read(self, key: str, path: str) -> tuple[list[Row], Bad]:
+            return [Row(0, "s", f"{key} {i}?", "1") for i in range(1 if key == "path" else 2)], []
+
+    with pytest.raises(ValueError, match=r"2 problems have the uid b-00000"):
+        Twice("a", "b").load()
 
 
 def published(name: str) -> str:

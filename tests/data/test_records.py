@@ -90,6 +90,19 @@ def test_the_hubs_loader_reads_the_split_that_is_asked_for(folder, streaming, ow
     assert "\n" not in str(error.value) and "check the name" in str(error.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"), [("train.jsonl", b'{"q": "a"}\n{broken\n'), ("train.parquet", b"PAR1 no")]
+)
+def test_a_data_set_with_a_broken_file_is_one_line(name, content, streaming, tmp_path, own_cache):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        list(read_hub(str(tmp_path), None, "train", None, streaming))
+    text = str(error.value)
+    assert "\n" not in text and f"correct the data of {tmp_path}, or give its files by name" in text
+    assert "JSON parse error" in text or "Parquet" in text, "what is wrong, not only that something is"
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, own_cache):
     """For real: no answer comes from this address. The library's own pauses between its attempts are left out."""
     import huggingface_hub.constants

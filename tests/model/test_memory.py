@@ -173,8 +173,54 @@ def test_all_weights_of_7b_with_adamw_are_sixteen_bytes_each():
 def test_a_reference_costs_a_copy_that_may_wait_on_the_host():
     plain, beside = estimate(SHAPE, FULL), estimate(SHAPE, replace(FULL, copies=1))
     away = estimate(SHAPE, replace(FULL, copies=1, offload_copies=True))
-    assert beside.peak - plain.peak == SHAPE.parameters * 4
-    assert away.peak == plain.peak and away.host["frozen copies"] == SHAPE.parameters * 4
+    copied = SHAPE.parameters * 4
+    assert beside.peak - plain.peak == copied
+    assert away.always == plain.always and away.host["frozen copies"] == copied
+
+
+def test_a_reference_that_waited_on_the_host_is_whole_on_the_device_while_it_reads():
+    """Gradients and moments stay beside it, the policy's activations do not: the larger of the two counts."""
+    plan = replace(FULL, copies=1, offload_copies=True)
+    plain, away = estimate(SHAPE, FULL), estimate(SHAPE, plan)
+    copied = SHAPE.parameters * 4
+    assert plain.while_training < sum(plain.always.values()) + copied < away.while_training
+    assert away.while_training < plain.while_training + copied and "layer inputs" not in away.training
+    many = replace(FULL, checkpointing=False, tokens=1 << 18)  # activations of far more than the copy
+    assert estimate(SHAPE, replace(many, copies=1, offload_copies=True)).training == estimate(SHAPE, many).training
+    teacher = estimate(SHAPE, replace(plan, copy_teaches=True))
+    assert teacher.while_training == plain.while_training + copied, "a teacher is read between the policy's passes"
+    sharded = replace(plan, ranks=4, sharded=True)
+    assert estimate(SHAPE, sharded).training == estimate(SHAPE, replace(FULL, ranks=4, sharded=True)).training
+    assert estimate(SHAPE, sharded).host["frozen copies"] == copied / 4
+
+
+def test_the_old_policy_as_teacher_copies_what_is_trained_and_stays_on_the_device():
+    full, lora = FULL, Plan(dtype="bfloat16", rank=16)
+    for plan, element in ((full, 4), (lora, 4)):
+        found = estimate(SHAPE, replace(plan, shadows=1, offload_copies=True))
+        assert found.always["the old policy"] == trained_parameters(SHAPE, plan) * element and not found.host
+    assert "the old policy" in estimate(SHAPE, replace(full, shadows=1, offload_copies=True, sharded=True)).host
+
+
+def test_each_rank_holds_all_weights_before_they_are_spread():
+    spread = replace(FULL, ranks=64, sharded=True, copies=1, tokens=1024, answer_tokens=512)
+    found, weights = estimate(SHAPE, spread), SHAPE.parameters * 4
+    assert found.starting == {"all weights": weights, "whole frozen copies": weights} and found.loading == {}
+    assert found.peak == 2 * weights > max(found.while_training, found.while_sampling)
+    assert estimate(SHAPE, replace(spread, offload_copies=True)).starting == {"all weights": weights}
+    assert estimate(SHAPE, replace(spread, shadows=1, offload_copies=True)).while_starting == 2 * weights
+
+
+def test_a_sampler_that_sleeps_is_away_while_copies_are_made_but_not_while_it_is():
+    plan = replace(FULL, ranks=8, sharded=True, copies=1, sampler_weights=2, cache_bytes=7)
+    asleep, awake = estimate(SHAPE, replace(plan, sampler_sleeps=True)), estimate(SHAPE, plan)
+    weights, own = SHAPE.parameters * 4, SHAPE.parameters * 2
+    assert sum(asleep.loading.values()) == sum(awake.loading.values()) == weights + own + 7
+    assert sum(asleep.starting.values()) == 2 * weights and asleep.host["sampler's weights, asleep"] == own
+    assert sum(awake.starting.values()) == 2 * weights + own + 7 == awake.while_starting
+    assert asleep.beside_sampler == weights and awake.beside_sampler == 2 * weights
+    plain = estimate(SHAPE, replace(FULL, sampler_weights=2, cache_bytes=7, sampler_sleeps=True))
+    assert plain.beside_sampler == sum(plain.always.values())
 
 
 def test_a_sampler_that_sleeps_is_not_there_while_training():

@@ -76,10 +76,10 @@ def quizzes(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> str:
-    """150 problems in verl's form."""
+    """180 problems in verl's form, so that a step's 128 are there when some are held out."""
     rows = [
         {"data_source": "math", "prompt": [{"role": "user", "content": f"What is ${i} + 1$?"}], "reward_model": {"ground_truth": str(i + 1)}}
-        for i in range(150)
+        for i in range(180)
     ]  # fmt: skip
     path = tmp_path_factory.mktemp("p") / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -175,7 +175,14 @@ def test_leakage_and_duplicates_are_said(run, tmp_path):
         ((), "copies", 1),
         (("objective.kl_coef=0",), "copies", 0),
         (("objective.kl_coef=0", "variant.teacher=reference"), "copies", 1),
-        (("variant.teacher=old",), "copies", 2),
+        (("variant.teacher=old",), "copies", 1),
+        (("variant.teacher=old",), "shadows", 1),
+        (("variant.teacher=old", "variant.minibatch_size=512"), "shadows", 0),
+        (("variant.teacher=old", "model.lora.rank=8", "model.dtype=bfloat16"), "shadows", 1),
+        (("variant.teacher=reference",), "copy_teaches", True),
+        (("variant.teacher=old",), "copy_teaches", False),
+        (("sampler=vllm",), "sampler_sleeps", True),
+        (("sampler=vllm", "trainer=cpu", "sampler.dtype=null"), "sampler_sleeps", False),
         (("model.lora.rank=8", "model.dtype=bfloat16"), "copies", 0),
         (("model.lora.rank=8",), "rank", 8),
         (("trainer.devices=2", "trainer.strategy=ddp"), "ranks", 2),
@@ -196,11 +203,42 @@ def test_the_config_decides_what_is_counted(overrides, field, value):
 def test_what_vllm_may_take_of_a_card_is_what_the_trainer_leaves(run, problems):
     """ToRL-1.5B: 16 bytes for each of 1.54 billion weights are 23 of 78 GiB."""
     full = run("experiment=torl_1_5b", f"data.path={problems}", "sampler.dtype=float32")
-    assert "fits on a GPU of 40 GB with sampler.gpu_memory_utilization up to 0.4 (it is 0.4)" in full
+    refused = "does not fit on a GPU of 40 GB as configured: set sampler.gpu_memory_utilization=0.39 (it is 0.4, which"
+    assert f"{refused} fits on one of 80 GB)" in full
+    lower = run("experiment=torl_1_5b", f"data.path={problems}", "sampler.gpu_memory_utilization=0.39")
+    assert "fits on a GPU of 40 GB with sampler.gpu_memory_utilization=0.39 (there is room up to 0.39)" in lower
+    stays = run("experiment=torl_1_5b", f"data.path={problems}", "sampler.gpu_memory_utilization=0.39", "sampler.sleep_level=0")  # fmt: skip
+    assert "40 GB as configured: set sampler.gpu_memory_utilization=0.22 (it is 0.39, which" in stays, "learning too"
     assert "sampler.dtype=bfloat16 halves" in full
     assert "sampler.dtype" not in run("experiment=torl_1_5b", f"data.path={problems}")
     served = run("experiment=torl_1_5b", f"data.path={problems}", "sampler=vllm_server", "sampler.urls=[http://a:8000]", "sampler.sync_dir=.")  # fmt: skip
     assert "sampler's weights" not in served and "gpu_memory_utilization" not in served.split("memory on each")[1]
+    assert "sampler.sync_dir (.) gets 2.9 GiB after each RL step (sampler.weights=merged) and needs 5.8 GiB" in served
+    assert "sync_dir" not in full
+
+
+def test_all_weights_on_each_rank_before_they_are_spread_are_the_peak(run, quizzes):
+    """7.6 billion float32 weights and the copy that is the reference: 2 x 28.4 GiB on each of 8 ranks."""
+    recipe = ("experiment=core_kl_qwen2_math_7b", f"data.path={quizzes}", "trainer.devices=8", "sampler=transformers", "sampler.copy_weights=true")  # fmt: skip
+    sharded = run(*recipe, "trainer=fsdp")
+    assert "starting, not yet sharded: all weights 28.4 GiB, whole frozen copies 28.4 GiB" in sharded
+    assert "starting" not in run(*recipe, "trainer=ddp_gpu")
+
+
+@pytest.mark.parametrize("sampler", ["vllm", "vllm_server"])
+def test_an_unknown_number_format_of_the_sampler_is_one_line(sampler):
+    cfg = config(f"sampler={sampler}")
+    cfg.sampler.dtype = "half"
+    with pytest.raises(UserError, match=r"sampler\.dtype=half: use float32, bfloat16, float16, or null") as error:
+        plan_of(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_how_many_questions_are_held_out_is_said(run, problems):
+    printed = run("experiment=torl_1_5b", f"data.path={problems}")
+    assert " of 180 questions are held out, each by a hash of its text and data.seed\n" in printed
+    none = run("experiment=torl_1_5b", f"data.path={problems}", "data.test_fraction=0")
+    assert "0 of 180 questions are held out" in none and "raise data.test_fraction" in none
 
 
 def test_questions_are_shown_as_they_stand(run, tmp_path):

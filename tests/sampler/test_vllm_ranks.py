@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,17 +19,23 @@ from tests.sampler.record_vllm import requests
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
-RANK = """
+# Importing is nearly all that this takes, so the second rank is split off behind it.
+RANKS = """
 import json, os, sys
+from pathlib import Path
 import torch.distributed as dist
 from core_torl.config.errors import UserError
 from tests.sampler.record_vllm import policy, requests, sampler_of
 
-rank, urls = int(os.environ["LOCAL_RANK"]), json.loads(sys.argv[1])
+urls, folder = [sys.argv[1]], Path(sys.argv[2])
+other = os.fork()
+rank = 0 if other else 1
+os.environ["LOCAL_RANK"] = str(rank)
 weights = policy(0), policy(1)
 sampler = sampler_of(weights[0], urls, backoff_s=0.01)
 sampler.sync(weights[0], "0")  # before there is a group, as at the start of a run
 dist.init_process_group("gloo", rank=rank, world_size=2)
+assert rank == 0 or (sampler.generate([]) == [] and sampler._joined)  # nothing to ask: it joins all the same
 told = {"answers": [sampler.generate(requests()[rank::2])]}
 sampler.sync(weights[1], "1")
 told["answers"].append(sampler.generate(requests()[rank::2]))
@@ -35,54 +44,48 @@ try:
     sampler.sync(weights[0], "2")
 except UserError as error:
     told["said"] = str(error)
-print(json.dumps(told), flush=True)
 sampler.close()
+(folder / f"{rank}.json").write_text(json.dumps(told))
+if other:
+    assert os.waitpid(other, 0)[1] == 0
 """
 
 
+@dataclass
 class Ranks:
-    """Two ranks on one replayed server, whose cache cannot be emptied any more from the third version on."""
+    """What two ranks say, and what their server, whose cache cannot be emptied from the third version on, was asked."""
 
-    def __init__(self) -> None:
-        with replays("server") as (fake,):
-            handle = fake.handle
+    told: list[dict]
+    calls: list[str]
 
-            def last_fails(handler, method, path, body):
-                if fake.calls.count("POST /reset_prefix_cache") == 2:
-                    fake.broken["/reset_prefix_cache"] = (200, '{"success": false}')
-                return handle(handler, method, path, body)
 
-            fake.handle = last_fails
-            self.told = self._run(fake.url)
-            self.calls = fake.calls
-
-    @staticmethod
-    def _run(url: str) -> list[dict]:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", RANK, json.dumps([url])], cwd=Path(__file__).parents[2], text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**environment, "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            outputs = [rank.communicate(timeout=120) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert all(out for out, _ in outputs), outputs
-        return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+def run(url: str, folder: Path) -> list[dict]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = subprocess.Popen(
+        [sys.executable, "-c", RANKS, url, str(folder)], cwd=Path(__file__).parents[2], env=environment,
+        text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        errors = ranks.communicate(timeout=120)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(ranks.pid, signal.SIGKILL)
+    assert ranks.returncode == 0, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return Ranks()
+def ranks(tmp_path_factory):
+    with replays("server") as (fake,):
+        handle = fake.handle
+
+        def last_fails(handler, method, path, body):
+            if fake.calls.count("POST /reset_prefix_cache") == 2:
+                fake.broken["/reset_prefix_cache"] = (200, '{"success": false}')
+            return handle(handler, method, path, body)
+
+        fake.handle = last_fails
+        return Ranks(run(fake.url, tmp_path_factory.mktemp("ranks")), fake.calls)
 
 
 def test_the_first_rank_hands_weights_over_and_all_sample_under_them(ranks):

@@ -226,6 +226,7 @@ def test_three_steps_of_core_cr(own, base, front_door, tmp_path):
     assert front_door(
         "train", "variant=core_cr", "sampler=vllm_server", f"sampler.urls=['{url}']", "rl_steps=3", "evaluate_every=0",
         "logger.mode=disabled", f"hydra.run.dir={tmp_path}", "prompts_per_step=4", "group_size=4",
+        "evaluation.max_problems=4", "evaluation.permutations=0", "evaluation.samples=1",
     ) == 0  # fmt: skip
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [s for s in steps if "train/optimizer_steps" in s]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from core_torl.config.errors import UserError
 from core_torl.sampler import vllm_weights
 from core_torl.sampler.vllm_weights import WeightFolders
-from tests.sampler.record_vllm import policy
+from tests.sampler.record_vllm import policy, sampler_of
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,25 @@ def test_writing_a_model_to_start_from_has_config_and_tokenizer(tmp_path, polici
     folder = folders.write_model("base", policies[0].merged(), policies[0].model.config, policies[0].tokenizer)
     assert AutoConfig.from_pretrained(folder).vocab_size == policies[0].model.config.vocab_size
     assert len(AutoTokenizer.from_pretrained(folder)) == len(policies[0].tokenizer)
+
+
+def test_the_number_format_is_that_of_started_servers_and_of_written_weights(policies, tmp_path, monkeypatch):
+    from core_torl.sampler import vllm_replicas, vllm_server
+
+    monkeypatch.setattr(vllm_server, "check_vllm", lambda: "0.32.0")
+    started = []
+
+    def start_all(replicas, folder):
+        written = {str(t.dtype) for f in folder.glob("*.safetensors") for t in load_file(f).values()}
+        started.append((replicas[0].launch.command(folder, 1), written))
+        raise UserError("no further")
+
+    monkeypatch.setattr(vllm_replicas, "start_all", start_all)
+    for dtype, name in (("bfloat16", "bfloat16"), (None, "float32")):
+        sampler = sampler_of(policies[0], [], dtype=dtype, max_model_len=77, log_dir=str(tmp_path))
+        assert sampler.max_model_len == 77
+        with pytest.raises(UserError, match="no further"):
+            sampler.sync(policies[0], "0")
+        sampler.close()
+        command, written = started.pop()
+        assert command[command.index("--dtype") + 1] == name and written == {f"torch.{name}"}

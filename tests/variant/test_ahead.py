@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from core_torl.sampler.transformers import TransformersSampler
@@ -117,6 +118,44 @@ def test_a_resumed_run_goes_on_with_the_answers_in_hand(make, tmp_path):
     assert resumed.samples_seen == whole.samples_seen and resumed.tokens_seen == whole.tokens_seen
 
 
+def test_a_step_that_fails_takes_the_answers_in_hand_along(make, tmp_path):
+    """Their reward failed: the checkpoint has them, and the run that goes on is the one that was meant."""
+    settings = {"sampling": TWIN, "overlap": True, "rl_steps": 4}
+    broken = make(**settings)
+    score = broken._parts["reward"].score
+    calls = iter(range(99))
+
+    def fails(trajectories):
+        if next(calls) == 2:
+            raise RuntimeError("the grader is gone")
+        return score(trajectories)
+
+    broken._parts["reward"].score = fails
+    with pytest.raises(RuntimeError, match="the grader is gone"):
+        fit(broken, [RLCheckpoint(tmp_path, 0, 9)])
+    resumed = fit(make(**settings), ckpt=tmp_path / "step-000002.ckpt")
+    assert same(weights(resumed), weights(fit(make(**settings))))
+
+
+def test_the_thread_computes_in_the_precision_of_the_steps(make):
+    """Autocast is a thread's own: without care, answers sampled ahead would be those of another precision."""
+    seen = set()
+
+    class Noting(TransformersSampler):
+        def generate(self, requests, sampling=None):
+            seen.add((threading.current_thread() is threading.main_thread(), torch.is_autocast_enabled("cpu")))
+            return super().generate(requests, sampling)
+
+    settings = {"sampling": TWIN, "overlap": True, "rl_steps": 2, "sync_gap": None, "first_step_gap": None}
+    module = make(sampler=Noting, **settings)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, precision="bf16-mixed",
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert seen == {(True, True), (False, True)}
+
+
 def test_no_step_is_sampled_that_will_not_be_trained(make):
     module = make(noting(CoreBase), sampling=TWIN, overlap=True, rl_steps=9, token_budget=2 * 16 * 6)
     starts = []
@@ -156,7 +195,9 @@ def test_samples_come_back_from_a_checkpoint_as_they_were(tmp_path):
     again.restore(state, 0, 1)
     assert again.take(2) is None
     again.restore(state, 0, 1)
-    assert again.take(3) == made and again.take(3) is None
+    assert again.take(3) == made == again.take(3), "a step that fails has them again"
+    again.forget(3)
+    assert again.take(3) is None
     for rank in (0, 1):  # one process wrote it, two go on
         again.restore(state, rank, 2)
         assert again.take(3) == [made[rank]]

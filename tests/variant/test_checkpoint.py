@@ -204,6 +204,24 @@ def test_a_step_whose_weights_cannot_be_handed_over_is_done_and_saved(make, tmp_
     assert same(weights(resumed), weights(fit(make(rl_steps=5))))
 
 
+def test_memory_that_runs_out_before_the_weights_move_costs_nothing(make, tmp_path, monkeypatch):
+    module = make(rl_steps=5)
+    forward = type(module)._forward
+
+    def full(self, *arguments):
+        if self.rl_step == 3:
+            raise torch.OutOfMemoryError("made by the test")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(type(module), "_forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(module, [RLCheckpoint(tmp_path, 0, 9)])
+    assert found(tmp_path).keys() == {3}
+    monkeypatch.undo()
+    whole, resumed = fit(make(rl_steps=5)), fit(make(rl_steps=5), ckpt=newest(tmp_path))
+    assert same(weights(resumed), weights(whole)) and resumed.tokens_seen == whole.tokens_seen
+
+
 def test_a_failed_step_and_a_full_disk_are_told_in_that_order(make, tmp_path, monkeypatch, caplog):
     import pytorch_lightning as pl
 

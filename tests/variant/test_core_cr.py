@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from core_torl.config.errors import UserError
 from core_torl.intervention.expert_prefix import ExpertPrefix
 from core_torl.objective.grpo import GRPO
 from core_torl.trajectory import Sample, Trajectory
@@ -295,7 +296,7 @@ def test_a_row_under_its_own_primed_prompt_is_on_policy(make):
         assert unpadded(batch, i) == list(expected + rows[i].token_ids) and len(expected) > len(first)
     assert module.last_metrics["policy/sampler_logprob_gap_max"] < 1e-4
     # Sampler and trainer are compared on these rows: a sampler that is off there is caught.
-    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="first-step check: sampler and trainer disagree"):
         fit(make(meddled(CoreCR, louder), rl_steps=1, train_prompt="primed"))
 
 
@@ -309,7 +310,7 @@ def test_a_row_under_the_plain_prompt_is_left_out_of_that_comparison(make, minib
         def _row(self, failed, answer):
             return replace(super()._row(failed, answer), behaviour="policy")
 
-    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="first-step check: sampler and trainer disagree"):
         fit(make(Claiming, rl_steps=1, minibatch_size=minibatch_size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from core_torl.config.errors import UserError
 from core_torl.objective.grpo import GRPO
 from core_torl.variant.core_cr import CoreCR
 from core_torl.variant.policy_gradient import PolicyGradient
@@ -86,7 +87,7 @@ def test_a_sampler_that_reports_no_numbers_stops_the_run(make):
             batch.sampled_logprobs[0, 0] = float("nan")
             return batch
 
-    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="first-step check: sampler and trainer disagree"):
         fit(make(Broken, **ONE))
     with pytest.raises(FloatingPointError, match="gradient norm is nan"):
         fit(make(Broken, **ONE, objective=GRPO(correction="mask"), first_step_gap=None))

@@ -75,7 +75,7 @@ def test_the_sampler_gap_is_measured_and_a_stale_sampler_stops_the_run(make, pro
     assert 0 < module.last_metrics["policy/sampler_logprob_gap_max"] < 1e-4
     stale = make(rl_steps=1)
     stale.sampler.model = make_policy(problems, seed=5).model  # another policy's weights
-    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="first-step check: sampler and trainer disagree"):
         fit(stale)
     fit(make(rl_steps=1, first_step_gap=None))
 
@@ -83,7 +83,7 @@ def test_the_sampler_gap_is_measured_and_a_stale_sampler_stops_the_run(make, pro
 def test_a_temperature_that_is_not_mirrored_is_caught(make):
     module = make(rl_steps=1, temperature=1.0)
     module.sampler.sampling = replace(module.sampler.sampling, temperature=0.7)
-    with pytest.raises(RuntimeError, match="first-step check"):
+    with pytest.raises(UserError, match="first-step check"):
         fit(module)
     mirrored = make(rl_steps=1, temperature=0.7)
     mirrored.sampler.sampling = replace(mirrored.sampler.sampling, temperature=0.7)
@@ -240,7 +240,7 @@ def test_lora_trains_and_stores_only_its_adapters(make, problems, tmp_path):
 def test_a_reference_that_is_not_the_starting_policy_is_caught(make, problems):
     module = make(rl_steps=1, objective=GRPO(kl_coef=0.1))
     object.__setattr__(module, "_frozen", make_policy(problems, seed=9).model.eval())
-    with pytest.raises(RuntimeError, match="first-step check: the KL to the reference is off 0"):
+    with pytest.raises(UserError, match="first-step check: the KL to the reference is off 0"):
         fit(module)
 
 
@@ -252,7 +252,7 @@ def test_a_first_ratio_that_is_not_one_is_caught(make):
         def _compare_with_sampler(self, logprobs, part):
             """Silent here: the ratio's own check has to speak."""
 
-    with pytest.raises(RuntimeError, match="first-step check: an importance ratio is off 1"):
+    with pytest.raises(UserError, match="first-step check: an importance ratio is off 1"):
         fit(make(Shifted, rl_steps=1, minibatch_size=8))
 
 
@@ -261,5 +261,5 @@ def test_a_gap_that_is_not_a_number_is_no_small_gap(make):
         def _compare_with_sampler(self, logprobs, part):
             super()._compare_with_sampler(logprobs * float("nan"), part)
 
-    with pytest.raises(RuntimeError, match="first-step check: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="first-step check: sampler and trainer disagree"):
         fit(make(Broken, rl_steps=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from core_torl.config.errors import UserError
 from core_torl.sampler.protocol import SamplingConfig
 from core_torl.sampler.transformers import TransformersSampler
 from core_torl.variant.policy_gradient import PolicyGradient
@@ -38,13 +39,13 @@ class Honest(Forgetful):
 
 def test_old_weights_stop_the_run_at_the_first_hand_over(make):
     module = make(sampler=Forgetful, sampling={"copy_weights": True})
-    with pytest.raises(RuntimeError, match=r"sync check: after the weights of update 1 .*variant\.sync_gap=0\.0001"):
+    with pytest.raises(UserError, match=r"sync check: after the weights of update 1 .*variant\.sync_gap=0\.0001"):
         fit(module)
     assert module.updates == 1
 
 
 def test_a_version_that_does_not_move_stops_it_too(make):
-    with pytest.raises(RuntimeError, match="answers with weights 0, the trainer has 1"):
+    with pytest.raises(UserError, match="answers with weights 0, the trainer has 1"):
         fit(make(sampler=Honest, sampling={"copy_weights": True}, sync_gap=None))
 
 
@@ -70,7 +71,7 @@ def test_numbers_that_are_none_do_not_pass(problems):
     sampler = TransformersSampler(policy.model, policy.tokenizer, max_new_tokens=6, copy_weights=True)
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="disagree by nan"):
+    with pytest.raises(UserError, match="disagree by nan"):
         check_sync(sampler, policy.model, [3] * 40, "0", 1e9)
 
 

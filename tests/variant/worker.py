@@ -93,6 +93,14 @@ def adapted_policy(plain: Policy) -> Policy:
     return Policy(get_peft_model(plain.model, settings), plain.tokenizer, adapted=True)
 
 
+def untied_policy(plain: Policy) -> Policy:
+    """With an output layer of its own, as models of 7 billion weights have: its shards need a gradient on each rank."""
+    model = plain.model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return plain
+
+
 def module_of(case: str, steps: int, kill_at: int = -1, **changes) -> PolicyGradient:
     kind, settings = CASES[case]
     reward = Rule(
@@ -101,6 +109,8 @@ def module_of(case: str, steps: int, kill_at: int = -1, **changes) -> PolicyGrad
     problems = load_problems()
     if case == "adapted":
         changes["policy"] = adapted_policy(make_policy(problems, scale=10.0))
+    if case == "sized_reference":
+        changes["policy"] = untied_policy(make_policy(problems, scale=10.0))
     settings = settings | changes
     return build(
         problems, recording(killing(kind, kill_at)), reward=reward, objective=GRPO(kl_coef=0.01), rl_steps=steps,

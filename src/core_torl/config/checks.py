@@ -207,6 +207,8 @@ def check_precision(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.precision={cfg.trainer.precision}: small updates of 16-bit weights round away; use bf16-mixed"
         )
+    if cfg.trainer.precision not in ("32-true", "64-true", "bf16-mixed"):  # 16-mixed scales gradients, which clips them
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: use 32-true, 64-true or bf16-mixed")
     if cfg.model.dtype != "float32" and cfg.model.lora.rank == 0:
         raise UserError(
             f"model.dtype={cfg.model.dtype} without LoRA: small updates of 16-bit weights round away; use "

@@ -207,7 +207,7 @@ SCHEMAS: dict[str, type] = {
 
 def number_format(precision: str) -> str | None:
     """What the trainer computes in at a ``trainer.precision``, as engines call it; None: that of the weights."""
-    return {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision)
+    return {"bf16-mixed": "bfloat16"}.get(precision)
 
 
 def register() -> None:

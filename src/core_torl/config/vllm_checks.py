@@ -17,6 +17,7 @@ from core_torl.config.errors import UserError, nearest
 
 TESTED_VLLM = ((0, 32), (0, 33))  # from the first, below the second
 INSTALL_VLLM = "pip install 'core-torl[vllm]'"
+DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("merged", "lora")
 
 
@@ -75,8 +76,27 @@ def check_vllm_sampler(cfg: DictConfig) -> None:
     for key in ("max_model_len", "block_size", "kv_cache_mb"):
         if sampler[key] is not None and sampler[key] < 1:
             raise UserError(f"sampler.{key}={sampler[key]}: must be at least 1, or null")
-    if sampler.max_model_len is not None and sampler.max_model_len <= sampler.max_new_tokens:
+    if sampler.dtype is not None:
+        check_dtype(sampler.dtype)
+    check_room(cfg)
+    if cfg.trainer.accelerator == "cuda" and OmegaConf.select(cfg, "variant.overlap"):
         raise UserError(
-            f"sampler.max_model_len={sampler.max_model_len} is for prompt and answer together: it must exceed "
-            f"sampler.max_new_tokens={sampler.max_new_tokens}"
+            "variant.overlap=true with sampler=vllm: engine and trainer share a GPU, so that neither would be faster; "
+            "use sampler=vllm_server with GPUs of its own"
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """The number format of an engine. Raises UserError."""
+    if dtype not in DTYPES:
+        raise UserError(f"sampler.dtype={dtype!r}: use {', '.join(DTYPES)}, or null.{nearest(dtype, DTYPES)}")
+
+
+def check_room(cfg: DictConfig) -> None:
+    """The engine must take the longest prompt and the longest answer together. Raises UserError."""
+    room, prompt, answer = cfg.sampler.max_model_len, cfg.model.max_prompt_tokens, cfg.sampler.max_new_tokens
+    if room is not None and room < prompt + answer:
+        raise UserError(
+            f"sampler.max_model_len={room} is for prompt and answer together, model.max_prompt_tokens={prompt} and "
+            f"sampler.max_new_tokens={answer}: set it to {prompt + answer} at least, or lower one of these"
         )

@@ -10,9 +10,7 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig, OmegaConf
 
 from core_torl.config.errors import UserError, nearest
-from core_torl.config.vllm_checks import WEIGHTS, check_vllm
-
-DTYPES = ("float32", "bfloat16", "float16")
+from core_torl.config.vllm_checks import WEIGHTS, check_dtype, check_room, check_vllm
 
 
 def check_url(url: str) -> None:
@@ -36,8 +34,8 @@ def check_servers(
     *, urls: Sequence[str], replicas: int, gpus: Sequence[str], weights: str, dtype: str | None, sync_dir: str | None
 ) -> None:
     """Which servers, and how weights reach them. Raises UserError."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"sampler.dtype={dtype!r}: use {', '.join(DTYPES)}, or null.{nearest(dtype, DTYPES)}")
+    if dtype is not None:
+        check_dtype(dtype)
     if weights not in WEIGHTS:
         raise UserError(f"sampler.weights={weights!r}: use {' or '.join(WEIGHTS)}.{nearest(weights, WEIGHTS)}")
     if replicas < 1:
@@ -102,6 +100,12 @@ def check_vllm_server(cfg: DictConfig) -> None:
         check_vllm()
     if not sampler.urls:
         check_own_servers(cfg)
+    check_room(cfg)
+    if sampler.colocated and OmegaConf.select(cfg, "variant.overlap"):
+        raise UserError(
+            "variant.overlap=true with sampler.colocated=true: servers and trainer share GPUs, so that neither "
+            "would be faster; set sampler.colocated=false and sampler.gpus"
+        )
     if sampler.weights == "lora" and not OmegaConf.select(cfg, "model.lora.rank"):
         raise UserError("sampler.weights=lora without adapters: set model.lora.rank, or sampler.weights=merged")
     counts = ("concurrency", "tensor_parallel", "data_parallel", "max_model_len", "block_size", "kv_cache_mb", "port")

@@ -10,12 +10,15 @@ Test sets bear the name of their file, or what ``source`` finds in their rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core_torl.data.question_sets import Bad, QuestionSets, Row, stem_of
 from core_torl.data.records import ENDINGS, last_box, lookup, read_file, read_hub
+
+_NOT_PLAIN = re.compile(r"[^\w.+-]+")  # a split may be "train[:10%]"
 
 ANSWERS = ("value", "boxed", "hashes")
 
@@ -57,6 +60,10 @@ class MathProblems(QuestionSets):
     def place(self, key: str, path: str) -> str:
         return path if is_file_name(path) else f"{path}:{self._split(key)}"
 
+    def stem(self, key: str, path: str) -> str:
+        """A data set's splits have rows of the same numbers, so the split stands in their names."""
+        return stem_of(path) if is_file_name(path) else f"{stem_of(path)}.{_NOT_PLAIN.sub('_', self._split(key))}"
+
     def _split(self, key: str) -> str:
         return self.test_split if key == "test_path" else self.split
 
@@ -79,7 +86,7 @@ class MathProblems(QuestionSets):
                 else:
                     wrong.append((index, row))
         except (ValueError, OSError, NotImplementedError, RecursionError) as error:
-            raise ValueError(f"data.{key}={path}: cannot be read: {' '.join(str(error).split())[:400]}") from error
+            raise ValueError(f"data.{key}={path}: cannot be read: {' '.join(str(error).split())[:700]}") from error
         if not rows and not wrong:
             raise ValueError(f"data.{key}={path}: there are no rows in it")
         if not rows:

@@ -4,12 +4,15 @@ Two questions are the same if their normalised texts are (see ``normalised``). A
 too is *leaked*: a policy that was trained on it is tested on what it has seen. It is counted for each test set and, as
 ``on_leakage`` says, left out, kept and reported, or refused. Every count stands in the report, which goes to the run's
 log and its results.
+
+A held-out question is chosen by a hash of its own text and the seed, so that it is held out wherever it stands: rows
+that are added, taken away or sorted move no other question between training and test.
 """
 
 from __future__ import annotations
 
-import math
-import random
+import hashlib
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -57,8 +60,9 @@ Bad = list[tuple[int, str]]  # index from 0, and what is wrong
 class QuestionSets:
     """Training files and test files, or training files of which a part is held out.
 
-    ``path``, ``test_path``: a file or a list of files; ``test_path`` None holds out ``test_fraction`` of the distinct
-    training questions (0 up to but not 1, rounded up) in an order from ``seed``.
+    ``path``, ``test_path``: a file or a list of files; ``test_path`` None holds out each distinct training question
+    with probability ``test_fraction`` (0 up to but not 1), by a hash of ``seed`` and the question. Of n questions the
+    share f comes out within about 2 * sqrt(f * (1 - f) / n): 10% of 1,000 is 8.1% to 11.9%; of a few it may be none.
     ``deduplicate_test``: fold rows of one test set that ask the same and have one answer; ``deduplicate_train``: the
     same in training. ``on_leakage``: ``drop`` training rows that a test set asks too, ``report`` and keep them, or
     ``error``. ``test_names``: data source -> name of its set. ``on_bad_row``: ``drop`` (and report) or ``error`` for
@@ -112,15 +116,19 @@ class QuestionSets:
 
         Raises ``FileNotFoundError`` without a file and ``ValueError`` for a file that cannot be read, for rows without
         a question or an answer (with ``on_bad_row=error``), for leaked rows (with ``on_leakage=error``), for a name in
-        ``test_names`` that no row bears, and where nothing is left to train on.
+        ``test_names`` that no row bears, for two problems with one uid, and where nothing is left to train on.
         """
         dropped: list[dict[str, object]] = []
         counts: dict[str, int] = {}
-        train_rows = [] if self.path is None else self._read("path", self.path, dropped, counts)
+        names: set[str] = set()
+        train_rows = [] if self.path is None else self._read("path", self.path, dropped, counts, names)
+        held_out: dict[str, int] | None = None
         if self.test_path is None:
             train_rows, test_rows = self._hold_out(train_rows)
+            both = [len({normalised(row.question) for _, row in part}) for part in (test_rows, train_rows)]
+            held_out = {"questions": both[0], "of": sum(both)}
         else:
-            test_rows = self._read("test_path", self.test_path, dropped, counts)
+            test_rows = self._read("test_path", self.test_path, dropped, counts, names)
         named = [*train_rows, *test_rows] if self.test_path is None else test_rows
         test, folded = self._test_sets(named, test_rows)
         kept, leakage, leaked = self._without_leaks(train_rows, test)
@@ -137,6 +145,7 @@ class QuestionSets:
                 f"{len(leaked)} asked in a test set too{reason})"
             )
         train = [problem_of(name, row) for name, row in kept]
+        _check_uids([*train, *(problem for part in test.values() for problem in part)])
         report: dict[str, object] = {
             "path": self.path if isinstance(self.path, str | None) else list(self.path),
             "rows": counts,
@@ -148,6 +157,7 @@ class QuestionSets:
             "on_leakage": self.on_leakage,
             "train": len(train),
             "test": {name: len(problems) for name, problems in test.items()},
+            "held_out": held_out,
             "repeated_in_train": repeated,
             "folded_in_train": repeated if self.deduplicate_train else 0,
         }
@@ -175,9 +185,17 @@ class QuestionSets:
         return [e for e, text in zip(rows, texts, strict=True) if text not in everywhere], by_set, leaked
 
     def _read(
-        self, key: str, paths: str | Sequence[str], dropped: list[dict[str, object]], counts: dict[str, int]
+        self,
+        key: str,
+        paths: str | Sequence[str],
+        dropped: list[dict[str, object]],
+        counts: dict[str, int],
+        names: set[str],
     ) -> list[Named]:
-        """All good rows, each with the name of its file; what is bad goes to ``dropped`` or ends the run."""
+        """All good rows, each with the name of its file; what is bad goes to ``dropped`` or ends the run.
+
+        ``counts`` and ``names``: places and names of the files so far, on both sides; those read here are added.
+        """
         found: list[Named] = []
         for path in [paths] if isinstance(paths, str) else paths:
             place = self.place(key, path)
@@ -190,9 +208,10 @@ class QuestionSets:
                 )
             counts[place] = len(rows) + len(wrong)
             # A problem's uid comes from the name of its file, so two files of one name are told apart by number.
-            stem = stem_of(path)
-            same = sum(stem_of(other) == stem for other in counts)
-            name = stem if same == 1 else f"{stem}.{same}"
+            stem = self.stem(key, path)
+            numbered = (f"{stem}.{number}" for number in itertools.count(2))
+            name = next(name for name in itertools.chain([stem], numbered) if name not in names)
+            names.add(name)
             dropped.extend({"row": f"{name}-{index:05d}", "reason": reason} for index, reason in wrong)
             found += [(name, row) for row in rows]
         return found
@@ -201,14 +220,17 @@ class QuestionSets:
         """What tells one source of rows from another."""
         return path
 
+    def stem(self, key: str, path: str) -> str:
+        """What the uids of a source's problems begin with, where no other source is called the same."""
+        return stem_of(path)
+
     def _hold_out(self, rows: Sequence[Named]) -> tuple[list[Named], list[Named]]:
         """Training and test rows. Rows with one question stay together, so no test question is trained on."""
-        questions = list(dict.fromkeys(normalised(row.question) for _, row in rows))
-        random.Random(self.seed).shuffle(questions)
-        count = math.ceil(self.test_fraction * len(questions) - 1e-9)  # a share like 0.1 is no exact binary number
-        held = set(questions[:count])
-        train = [entry for entry in rows if normalised(entry[1].question) not in held]
-        return train, [entry for entry in rows if normalised(entry[1].question) in held]
+        train: list[Named] = []
+        test: list[Named] = []
+        for entry in rows:
+            (test if place_of(entry[1].question, self.seed) < self.test_fraction else train).append(entry)
+        return train, test
 
     def _test_sets(
         self, named: Sequence[Named], rows: Sequence[Named]
@@ -231,6 +253,18 @@ class QuestionSets:
             seen.add((name, row.key))
             sets[name].append(problem_of(file, row))
         return sets, dict(folded)
+
+
+def place_of(question: str, seed: int) -> float:
+    """A number from 0 up to, but not, 1, that depends on the normalised question and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{normalised(question)}".encode(errors="surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # as many bits as a float holds exactly
+
+
+def _check_uids(problems: Sequence[Problem]) -> None:
+    uid, count = next(iter(Counter(problem.uid for problem in problems).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"data: {count} problems have the uid {uid}; a uid must be that of one problem, in all sets")
 
 
 def problem_of(file: str, row: Row) -> Problem:

@@ -85,17 +85,35 @@ def read_hub(name: str, config: str | None, split: str, revision: str | None, st
     """The rows of one split of a data set on the hub, or of a local folder laid out like one.
 
     ``streaming`` fetches rows as they are asked for instead of storing the whole split first. Raises ``ValueError``
-    with the first line of what went wrong: not reachable, no such data set, no such split.
+    on one line with what went wrong: not reachable, no such data set, no such split, a row or a file that is broken.
     """
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetBuildError, DatasetsError
+    from pyarrow import ArrowException
 
     try:
         rows: Any = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         yield from rows
-    except (DatasetNotFoundError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        first = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{first[:300]}; check the name, go online, or give a local file") from error
+    except (DatasetsError, ArrowException, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        causes = _causes(error)
+        broken = any(isinstance(cause, (DatasetBuildError, ArrowException)) for cause in causes)
+        # ``datasets`` only says that building failed; why, stands in the cause.
+        said = causes[-1] if isinstance(error, DatasetBuildError) else error
+        first = " ".join(str(said).split()) or type(said).__name__
+        advice = (
+            f"correct the data of {name}, or give its files by name, of which bad rows are left out and listed"
+            if broken
+            else "check the name, go online, or give a local file"
+        )
+        raise ValueError(f"{first[:300]}; {advice}") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, and so on."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None:
+        found.append(cause)
+    return found
 
 
 def lookup(values: object, path: str) -> object:

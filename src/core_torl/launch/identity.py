@@ -26,6 +26,12 @@ SPEED = (
     "threads",
     "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_mb", "enforce_eager", "sleep_level",
 )  # fmt: skip
+# The same of the sampler's keys alone: which servers, where they are, how long they are waited for. A run whose server
+# has died goes on with another one.
+SERVERS = (
+    "urls", "replicas", "sync_dir", "timeout_s", "start_timeout_s", "gpus", "port", "tensor_parallel", "data_parallel",
+    "colocated", "log_dir",
+)  # fmt: skip
 THIS_RUN = "<this run>"  # stands for the run's own folder
 _INPUTS = ("path", "test_path", "checkpoint", "init")
 _SUFFIXES = (".safetensors", ".bin", ".json", ".jsonl", ".parquet", ".ckpt")
@@ -44,6 +50,8 @@ def identity(cfg: DictConfig, folder: str = THIS_RUN, whole: bool = False) -> st
     tree: Any = OmegaConf.to_container(plain, resolve=True)
     left_out = ("paths", "resume", "reproduces") if whole else PLACES
     kept = {key: value for key, value in tree.items() if key not in left_out}
+    if not whole and "sampler" in kept:
+        kept["sampler"] = {k: v for k, v in kept["sampler"].items() if k not in SERVERS}
     if whole and "logger" in kept:
         kept["logger"] = {k: v for k, v in kept["logger"].items() if k != "group"}  # a launcher may set it
     text = json.dumps(_plain(kept, folder, whole), sort_keys=True, default=str)

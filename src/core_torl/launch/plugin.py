@@ -26,10 +26,12 @@ from core_torl.launch.jobs import Job, plan, task_config
 from core_torl.launch.lock import lock, unlock_all
 from core_torl.launch.prefork import Nursery, NurseryLost
 from core_torl.launch.processes import IDENTITY, JobProcess, environment_of_jobs
+from core_torl.launch.provenance import version_of
 from core_torl.launch.record import TAKE_OVER, finished
 from core_torl.launch.schedule import Schedule
 
 log = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[3]  # of the checkout that this code runs from
 # Overrides of Hydra's own that say how the sweep is launched and not how a job runs.
 _OF_THE_SWEEP = ("hydra.mode=", "hydra.sweep.", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper",
                  "hydra.run.dir=")  # fmt: skip
@@ -69,6 +71,7 @@ class SubprocessLauncher(Launcher):
         self.take_over, self.view, self.prefork = take_over, view, prefork
         self._imports: Sequence[str] = ()
         self._nursery: Nursery | None = None
+        self._code: dict[str, Any] = {}
         self._config: Any = None
         self._context: Any = None
         self._check: Callable[[DictConfig], None] = lambda cfg: None
@@ -152,7 +155,14 @@ class SubprocessLauncher(Launcher):
         cuda = any(OmegaConf.select(job.config, "trainer.accelerator") == "cuda" for job in to_run)
         if self.prefork and self._imports and len(to_run) > 1 and not cuda and sys.platform == "linux":
             self._nursery = Nursery(self._imports, environment_of_jobs(self._own_environment()))
+            self._code = version_of(_ROOT)
         try:
+            # Before the jobs' clocks run, and before Ctrl-C means that jobs are to save.
+            if self._nursery is not None:
+                try:
+                    self._nursery.wait()
+                except NurseryLost as error:
+                    self._lose_nursery(str(error))
             yield
         finally:
             if self._nursery is not None:
@@ -174,14 +184,19 @@ class SubprocessLauncher(Launcher):
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         command = command_of(job, self._program, self._config, self._config_dir)
+        if self._nursery is not None and version_of(_ROOT) != self._code:
+            self._lose_nursery("the code has changed since")
         try:
             return JobProcess(command, job.log, environment, self._nursery)
         except NurseryLost as error:
-            log.warning(f"jobs are started one by one from now on: what they were forked from was lost ({error})")
-            self._nursery, lost = None, self._nursery
-            assert lost is not None
-            lost.close()
+            self._lose_nursery(str(error))
             return JobProcess(command, job.log, environment)
+
+    def _lose_nursery(self, why: str) -> None:
+        log.warning(f"jobs are started one by one from now on: what they were forked from was lost ({why})")
+        self._nursery, lost = None, self._nursery
+        assert lost is not None
+        lost.close()
 
 
 def command_of(job: Job, program: Sequence[str], config: DictConfig, config_dir: str | None) -> list[str]:

@@ -51,12 +51,9 @@ class Nursery:
     def fork(self, command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Forked:
         """A job for ``python -m module ...`` or ``python script ...``, ``command`` being what follows ``python``.
 
-        Waits for the imports, the first time. Raises NurseryLost.
+        Raises NurseryLost.
         """
-        if not self._ready:
-            if self._answer() != "ready":
-                raise NurseryLost("it did not say that it is ready")
-            self._ready = True
+        self.wait()
         asked = {"command": [*command], "log": str(log_file.absolute()), "launcher": os.getpid()}
         try:
             self._lines.write(json.dumps({**asked, "environment": dict(environment)}) + "\n")
@@ -67,6 +64,13 @@ class Nursery:
         if not isinstance(pid, int):
             raise NurseryLost(str(pid))
         return Forked(pid)
+
+    def wait(self) -> None:
+        """Until the imports are made. Raises NurseryLost."""
+        if not self._ready:
+            if self._answer() != "ready":
+                raise NurseryLost("it did not say that it is ready")
+            self._ready = True
 
     def _answer(self) -> Any:
         try:
@@ -135,10 +139,10 @@ def _serve(descriptor: int, modules: Sequence[str]) -> dict[str, Any]:
             reading, writing = os.pipe()
             between = os.fork()
             if not between:
-                job = os.fork()
-                if job:
-                    os.write(writing, str(job).encode())
+                if os.fork():
                     os._exit(0)
+                os.setsid()  # before anybody knows of it: whoever ends a job ends its group
+                os.write(writing, str(os.getpid()).encode())
                 os.close(reading)
                 os.close(writing)
                 return asked
@@ -155,8 +159,7 @@ def _say(lines: Any, what: object) -> None:
 
 
 def _become(asked: dict[str, Any]) -> None:
-    """Make this process what a newly started one would be: session, streams, environment, arguments."""
-    os.setsid()
+    """Make this process what a newly started one would be: its parent, streams, environment."""
     give_up = time.monotonic() + _ADOPTION_S
     while os.getppid() != asked["launcher"]:  # until the one between is gone, and the launcher has this one
         if time.monotonic() > give_up:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from core_torl.model.quantize import check_quantization, dequantized, nf4
@@ -43,11 +43,11 @@ class Policy:
         """A copy without gradient to serve as reference; None with LoRA, whose base weights are the reference."""
         if self.adapted:
             return None
-        frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if self.offload:
-            for parameter in frozen.parameters():
-                parameter.data = placed(parameter.data, "cpu")
-        return frozen
+        # Copied to where it will rest, never twice on the device.
+        rests = {
+            id(p): nn.Parameter(placed(p.detach(), "cpu").clone()) for p in self.model.parameters() if self.offload
+        }
+        return copy.deepcopy(self.model, rests).eval().requires_grad_(False)
 
     @contextmanager
     def at_hand(self, frozen: Any | None) -> Iterator[None]:

@@ -18,6 +18,8 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Slices in which logits become log-probs, see objective/logprobs.py: float32 elements of one slice.
 SLICE_ELEMENTS = 32 * 1024 * 1024
+# Names of what a sampler with weights of its own takes.
+_SAMPLERS = ("sampler's weights", "key-value cache")
 # Bytes of one weight in 4-bit NF4 with double quantization, its scales among them (QLoRA, section 3).
 _NF4 = 0.516
 
@@ -124,6 +126,8 @@ class Plan:
     quantization: str | None = None  # nf4: the linear modules below LoRA in 4 bits
     copies: int = 0  # frozen copies of all weights: a reference, a teacher
     offload_copies: bool = False  # they wait in the host's memory
+    copy_teaches: bool = False  # one of them is needed beside the policy's own passes, not only before them
+    shadows: int = 0  # frozen copies of the trained weights that never wait elsewhere: the old policy as teacher
     tokens: int = 1  # of a microbatch, prompts and answers
     answer_tokens: int = 1  # of its answers alone
     ranks: int = 1
@@ -138,12 +142,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. ``always`` is there all the time, the others while training or while sampling."""
+    """Bytes on each device. ``always`` is there all the time once training has begun, then comes what its phases add.
+
+    Two phases lie before it and stand for themselves: ``loading``, when a sampler with weights of its own is made, and
+    ``starting``, when frozen copies are. Under FSDP every rank then still holds all weights, so they may be the peak.
+    """
 
     always: dict[str, float] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     sampling: dict[str, float] = field(default_factory=dict)
     host: dict[str, float] = field(default_factory=dict)
+    loading: dict[str, float] = field(default_factory=dict)
+    starting: dict[str, float] = field(default_factory=dict)
 
     @property
     def while_training(self) -> float:
@@ -154,8 +164,19 @@ class Memory:
         return sum(self.always.values()) + sum(self.sampling.values())
 
     @property
+    def while_starting(self) -> float:
+        return max(sum(self.loading.values()), sum(self.starting.values()))
+
+    @property
     def peak(self) -> float:
-        return max(self.while_training, self.while_sampling)
+        return max(self.while_starting, self.while_training, self.while_sampling)
+
+    @property
+    def beside_sampler(self) -> float:
+        """The most that lies on the device beside the sampler's own weights and cache while those are there."""
+        whole = [self.loading, self.starting, self.always | self.training, self.always | self.sampling]
+        return max(sum(size for name, size in part.items() if name not in _SAMPLERS)
+                   for part in whole if part is whole[-1] or _SAMPLERS[0] in part)  # fmt: skip
 
 
 def trained_parameters(model: Architecture, plan: Plan) -> int:
@@ -193,9 +214,12 @@ def estimate(model: Architecture, plan: Plan) -> Memory:
     if plan.ranks > 1 and not plan.sharded:
         always["DDP's buckets"] = trained * trained_element
     host: dict[str, float] = {}
+    one_copy = float(model.parameters * weight)
     if plan.copies:
-        where, size = ("host", 1) if plan.offload_copies else ("device", shards)
-        (host if where == "host" else always)["frozen copies"] = plan.copies * model.parameters * weight / size
+        (host if plan.offload_copies else always)["frozen copies"] = plan.copies * one_copy / shards
+    if plan.shadows:
+        away = plan.offload_copies and plan.sharded
+        (host if away else always)["the old policy"] = plan.shadows * trained * trained_element / shards
 
     element = 2 if plan.mixed or plan.dtype != "float32" else 4
     training: dict[str, float] = {}
@@ -215,18 +239,44 @@ def estimate(model: Architecture, plan: Plan) -> Memory:
         whole = 2 * model.layer_parameters + model.embedding_parameters
         training["gathered weights"] = whole * (2 if plan.mixed else weight)
 
+    if plan.copies and plan.offload_copies and not plan.sharded:
+        _bring_back(training, one_copy, one, plan.copy_teaches)
+
     sampling: dict[str, float] = {}
     own = {"sampler's weights": float(model.parameters * plan.sampler_weights)} if plan.sampler_weights else {}
     cache = plan.cache_bytes if plan.cache_bytes is not None else wanted_cache(model, plan)
     if plan.cache_enough is not None:
         cache = min(cache, plan.cache_enough)
-    (training if own and not plan.sampler_sleeps else {}).update(own)
     sampling |= own | ({"key-value cache": float(cache)} if cache else {})
-    if own and cache and not plan.sampler_sleeps:
-        training["key-value cache"] = float(cache)
+    if own and not plan.sampler_sleeps:
+        training |= sampling
     if own and plan.sampler_sleeps:
         host["sampler's weights, asleep"] = own["sampler's weights"]
-    return Memory(always, training, sampling, host)
+    whole = {"all weights": stored} | ({"LoRA adapters": trained * 4.0} if plan.rank else {})
+    loading = whole | sampling if own else {}
+    # A copy that is to wait on the host is made there; the old policy's is made here, wherever it will lie.
+    copied = (0 if plan.offload_copies else plan.copies) * one_copy + plan.shadows * trained * trained_element
+    starting = whole | ({"whole frozen copies": copied} if copied else {})
+    if own and not plan.sampler_sleeps:  # otherwise it sleeps from its first weights on until answers are drawn
+        starting |= sampling
+    return Memory(always, training, sampling, host, loading, starting)
+
+
+def _bring_back(training: dict[str, float], one_copy: float, one_layer: float, teaches: bool) -> None:
+    """Count a frozen copy that comes from the host, whole, for as long as somebody reads it.
+
+    A reference reads all rows before the policy learns from any: it lies beside its own forward pass, one layer and a
+    slice of logits (without their gradients), not beside the policy's activations. Gradients and AdamW's moments stay
+    where they are. A teacher lies beside the policy's passes.
+    """
+    name = "a frozen copy, back from the host"
+    logits = training["a slice of logits (estimate)"] / 3
+    reading = {name: one_copy, "its layer (estimate)": one_layer, "its slice of logits": logits}
+    if teaches:
+        training[name] = one_copy
+    elif sum(reading.values()) > sum(training.values()):
+        training.clear()
+        training.update(reading)
 
 
 def wanted_cache(model: Architecture, plan: Plan) -> int:

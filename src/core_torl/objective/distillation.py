@@ -64,7 +64,8 @@ def divergence(
     """
     check_choice("direction", direction)
     if not len(ids):
-        empty = student.sum() * 0.0
+        # The head takes part: where weights are sharded, each rank has to have a gradient for each of them.
+        empty = (student.sum() + student_head(student).sum()) * 0.0
         return Divergence(empty, empty.detach().new_zeros(0), empty.detach().new_zeros(0))
 
     def part(states: Tensor, teacher_states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

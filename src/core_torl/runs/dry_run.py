@@ -34,7 +34,8 @@ from core_torl.runs.training import augmenter, check_enough, coach_of, quiet
 from core_torl.tracking.console import make_console, print_config_tree
 
 console = make_console()
-# Memory of common cards in GiB, as their drivers report it, less 1 GiB for the CUDA context.
+# Memory of common cards in GiB, as their drivers report it, less _CONTEXT for the CUDA context.
+_CONTEXT = 1.0
 CARDS = {"24 GB": 23.0, "40 GB": 38.4, "80 GB": 78.2, "141 GB": 138.8}
 _RANKS = (1, 2, 4, 8)
 # vLLM works with any cache that holds an answer, and lets the others wait; below this it would be slow.
@@ -81,6 +82,13 @@ def data_lines(problems: ProblemSets) -> list[str]:
     report = problems.report
     sizes = ", ".join(f"{name} {len(part)}" for name, part in problems.test.items())
     lines = [f"data: {len(problems.train)} training problems; test sets: {sizes or 'none'}"]
+    held: Any = report.get("held_out")
+    if held:
+        none = "" if held["questions"] else "; raise data.test_fraction, change data.seed or give data.test_path"
+        lines.append(
+            f"data: {held['questions']} of {held['of']} questions are held out, each by a hash of its text and "
+            f"data.seed{none}"
+        )
     dropped: Any = report.get("dropped")
     if dropped:
         first = dropped[0]
@@ -223,28 +231,42 @@ def plan_of(cfg: DictConfig) -> Plan:
     cache = at_once * sampler.max_new_tokens + prompts * model.max_prompt_tokens
     fixed = sampler.get("kv_cache_mb")
     copied = BYTES[model.dtype] if sampler.get("copy_weights") else 0
-    own = BYTES[sampler.get("dtype") or model.dtype]
+    own = _sampler_element(cfg)
     text, tokens = model.max_prompt_tokens + sampler.max_new_tokens, microbatch_tokens(cfg)
     return Plan(
         dtype=model.dtype, mixed="mixed" in str(cfg.trainer.precision), checkpointing=model.gradient_checkpointing,
         rank=lora, targets=targets if isinstance(targets, str) else list(targets),
         quantization=model.get("quantization"), copies=_copies(cfg) if not lora else 0,
-        offload_copies=bool(model.get("offload_reference", False)), tokens=tokens,
+        offload_copies=bool(model.get("offload_reference", False)), shadows=_shadows(cfg),
+        copy_teaches=variant.get("teacher", "current") == "reference", tokens=tokens,
         answer_tokens=tokens * sampler.max_new_tokens // text, ranks=ranks,
         sharded="fsdp" in str(cfg.trainer.strategy), sampler_weights=0 if served else own if engine else copied,
         cache_tokens=0 if served or given else cache, cache_bytes=fixed * 2**20 if fixed and not served else None,
         cache_element=own if engine else 0, cache_enough=_ENOUGH_CACHE if engine and not fixed else None,
-        sampler_sleeps=bool(sampler.get("sleep_level", 0)),
+        sampler_sleeps=bool(sampler.get("sleep_level", 0)) and cfg.trainer.accelerator == "cuda",
     )  # fmt: skip
 
 
 def _copies(cfg: DictConfig) -> int:
     """Frozen copies of all weights; with LoRA there are none, for the base weights are the reference."""
-    reference, teacher = int(cfg.objective.kl_coef > 0), cfg.variant.get("teacher", "current")
-    if teacher == "reference":
-        return 1
-    moves = cfg.variant.minibatch_size is not None or cfg.variant.update_epochs > 1
-    return reference + int(teacher == "old" and moves)
+    return int(cfg.objective.kl_coef > 0 or cfg.variant.get("teacher", "current") == "reference")
+
+
+def _shadows(cfg: DictConfig) -> int:
+    """Copies of the weights as they stood before the step's first update, for a teacher that stands there."""
+    variant, rows = cfg.variant, cfg.group_size * cfg.prompts_per_step
+    moves = (variant.minibatch_size or rows) < rows or variant.update_epochs > 1
+    return int(variant.get("teacher", "current") == "old" and moves)
+
+
+def _sampler_element(cfg: DictConfig) -> int:
+    """Bytes of a number in a sampler's own weights. Raises UserError for a format that is not known."""
+    name = cfg.sampler.get("dtype") or cfg.model.dtype
+    if name not in BYTES:
+        raise UserError(
+            f"sampler.dtype={name}: use {', '.join(BYTES)}, or null for the format of the trainer's weights"
+        )
+    return BYTES[name]
 
 
 def memory_lines(cfg: DictConfig, model: Architecture, source: str) -> list[str]:
@@ -256,15 +278,17 @@ def memory_lines(cfg: DictConfig, model: Architecture, source: str) -> list[str]
         f"model: {model.parameters:,} weights ({source}), {trained:,} trained; {model.layers} layers of "
         f"{model.hidden}, {model.heads} heads, {model.kv_heads} of keys and values, {model.vocabulary:,} tokens",
         f"memory on each of {plan.ranks} device(s), by arithmetic:",
-        *_items("always", found.always), *_items("learning", found.training), *_items("sampling", found.sampling),
+        *(_starting(found) if plan.sharded else []), *_items("always", found.always),
+        *_items("learning", found.training), *_items("sampling", found.sampling),
         *_items("on the host", found.host),
-        f"  peak {gib(found.peak)} (learning {gib(found.while_training)}, sampling {gib(found.while_sampling)}); "
-        f"{_fits(cfg, found)}",
+        f"  peak {gib(found.peak)} ({f'starting {gib(found.while_starting)}, ' if plan.sharded else ''}"
+        f"learning {gib(found.while_training)}, sampling {gib(found.while_sampling)}); {_fits(cfg, found)}",
         f"  a microbatch's logits, which are never held whole, would be {gib(whole_logits_bytes(model, plan))}; keys "
         f"and values of a step's answers are {gib(wanted_cache(model, plan))} at their longest, all side by side",
     ]  # fmt: skip
     if plan.cache_element == 4 and plan.mixed:
         lines.append("  sampler.dtype=bfloat16 halves what the sampler takes; its log-probs then differ by about 0.01")
+    lines += _handed_over(cfg, model, plan)
     return [*lines, *table_lines(cfg, model)] if cfg.trainer.accelerator == "cuda" else lines
 
 
@@ -272,16 +296,45 @@ def _items(when: str, parts: dict[str, float]) -> list[str]:
     return [f"  {when}: {', '.join(f'{name} {gib(size)}' for name, size in parts.items())}"] if parts else []
 
 
+def _starting(found: Memory) -> list[str]:
+    """What each rank holds before the weights are spread, in the larger of the two phases of that."""
+    return _items("starting, not yet sharded", max(found.loading, found.starting, key=lambda part: sum(part.values())))
+
+
+def _handed_over(cfg: DictConfig, model: Architecture, plan: Plan) -> list[str]:
+    """What servers get through the file system."""
+    if "server" not in cfg.sampler._target_.lower():
+        return []
+    merged = cfg.sampler.weights == "merged"
+    size = model.parameters * _sampler_element(cfg) if merged else 4 * model.lora_parameters(plan.rank, plan.targets)
+    return [
+        f"  sampler.sync_dir ({cfg.sampler.sync_dir or 'a temporary folder'}) gets {gib(size)} after each RL step "
+        f"(sampler.weights={cfg.sampler.weights}) and needs {gib(2 * size)}: the old ones go when servers have the new"
+    ]
+
+
 def _fits(cfg: DictConfig, found: Memory) -> str:
-    """The smallest card that holds it, and how much of it vLLM may take there."""
+    """The smallest card that holds it, and whether the share of it that vLLM is to take there is free."""
     card = next((name for name, size in CARDS.items() if found.peak <= size * GIB), None)
     if card is None:
         return f"fits on no GPU of up to {list(CARDS)[-1]}: spread it (trainer=fsdp), or adapt it (model.lora.rank)"
     share = cfg.sampler.get("gpu_memory_utilization")
     if share is None or "server" in cfg.sampler._target_.lower() or cfg.sampler.kv_cache_mb:
         return f"fits on a GPU of {card}"
-    room = math.floor(100 * (1 - sum(found.always.values()) / (CARDS[card] * GIB))) / 100
-    return f"fits on a GPU of {card} with sampler.gpu_memory_utilization up to {room} (it is {share})"
+    # The share is one of all memory, the CUDA context included.
+    rooms = {
+        name: math.floor(100 * (size - found.beside_sampler / GIB) / (size + _CONTEXT)) / 100
+        for name, size in CARDS.items()
+    }
+    if share <= rooms[card]:
+        return (
+            f"fits on a GPU of {card} with sampler.gpu_memory_utilization={share} (there is room up to {rooms[card]})"
+        )
+    larger = next((name for name, room in rooms.items() if share <= room), None)
+    return (
+        f"does not fit on a GPU of {card} as configured: set sampler.gpu_memory_utilization={rooms[card]} "
+        f"(it is {share}{f', which fits on one of {larger}' if larger else ''})"
+    )
 
 
 def table_lines(cfg: DictConfig, model: Architecture) -> list[str]:

@@ -12,6 +12,7 @@ from core_torl.config import UserError
 from core_torl.launch.record import add, read_record
 from core_torl.runs.account import data_hashes, gpu_names
 from core_torl.runs.assemble import assemble, prepare
+from core_torl.runs.out_of_memory import advice_on_memory
 from core_torl.runs.results import choices, make_tracker, write_results
 from core_torl.runs.training import evaluate_now, headline, quiet
 from core_torl.tracking.console import estimates_table, make_console, print_config_tree
@@ -50,17 +51,21 @@ def evaluate(cfg: DictConfig) -> float:
     tracker = make_tracker(cfg, output, None)  # logs nothing yet
     prepared = prepare(cfg)
     print_config_tree(tree, console)
-    parts = assemble(cfg, prepared)
+    with advice_on_memory(cfg, "loading"):
+        parts = assemble(cfg, prepared)
     if state is not None:
         try:
             parts.policy.load_state({n.removeprefix("model."): t for n, t in state["state_dict"].items()})
+            parts.sampler.sync(parts.policy, str(state["core_torl"]["updates"]))  # it may have weights of its own
         except ValueError as error:
+            parts.close()
             raise UserError(f"checkpoint={cfg.checkpoint}: {error}") from error
     failed = True
     try:
         add(output, provenance={"data": data_hashes(parts.problems), "gpus": gpu_names()})
         tracker.log_config({**tree, "choices": choices()})
-        results = evaluate_now(parts)
+        with advice_on_memory(cfg, "evaluating"):
+            results = evaluate_now(parts)
         at = state["core_torl"] if state else {"rl_step": 0, "samples": 0, "tokens": 0}
         spent = {SAMPLES: at["samples"], TOKENS: at["tokens"]}
         tracker.log_metrics(parts.evaluation.metrics(results) | spent, step=at["rl_step"])

@@ -20,7 +20,7 @@ from core_torl.data.base import ProblemSets
 from core_torl.evaluation.distractors import is_distracted, with_distractors
 from core_torl.evaluation.protocol import Evaluation, SetResult
 from core_torl.evaluation.statistics import Estimate
-from core_torl.launch.identity import SPEED
+from core_torl.launch.identity import SERVERS, SPEED
 from core_torl.launch.record import add, is_main_process, read_record
 from core_torl.problem import Problem
 from core_torl.runs.account import (
@@ -32,7 +32,7 @@ from core_torl.runs.account import (
     gpu_names,
     problems_hash,
 )
-from core_torl.runs.assemble import Parts, Prepared, assemble, prepare
+from core_torl.runs.assemble import Parts, Prepared, assemble, device_of, prepare
 from core_torl.runs.callbacks import EvaluateEvery, RolloutTables
 from core_torl.runs.out_of_memory import advice_on_memory
 from core_torl.runs.results import choices, make_tracker, write_results
@@ -80,6 +80,7 @@ def fingerprint(cfg: DictConfig, problems: ProblemSets) -> dict[str, Any]:
                 flat[f"{path}{key}"] = value
 
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
+    tree["sampler"] = {k: v for k, v in tree["sampler"].items() if k not in SERVERS}
     unused = () if tree["tool"]["call_budget"] else ("tool", "sandbox")
     walk({k: tree[k] for k in _FINGERPRINT if k not in unused}, "")
     flat["tool.call_budget"] = tree["tool"]["call_budget"]
@@ -116,12 +117,14 @@ def train(cfg: DictConfig) -> float:
         print_config_tree(tree, console)
         if saved is None:  # what an earlier run left in this folder is not this run's result
             (output / "results.json").unlink(missing_ok=True)
-    parts = assemble(cfg, prepared)
-    try:
-        module = make_module(cfg, parts, coach, marks, augment)
-    except BaseException:
-        parts.close()
-        raise
+    with advice_on_memory(cfg, "loading"):
+        parts = assemble(cfg, prepared)
+        try:
+            parts.sampler.sleep()  # room for the copies of the policy that some objectives and teachers need
+            module = make_module(cfg, parts, coach, marks, augment)
+        except BaseException:
+            parts.close()
+            raise
     failed = True
     try:
         add(output, wandb_id=tracker.run_id, provenance={"data": data_hashes(parts.problems), "gpus": gpu_names()})
@@ -130,7 +133,8 @@ def train(cfg: DictConfig) -> float:
             tracker.rewind(saved["rl_step"], saved["samples"], saved["tokens"])
         else:
             tracker.rewind(-1)
-        before = evaluate_now(parts) if main else []
+        with advice_on_memory(cfg, "evaluating"):
+            before = evaluate_now(parts) if main else []
         if main and not saved:
             tracker.log_metrics(parts.evaluation.metrics(before), step=0)
         saver = RLCheckpoint(output / "checkpoints", cfg.callbacks.checkpoint_every, cfg.callbacks.checkpoint_keep)
@@ -156,6 +160,8 @@ def train(cfg: DictConfig) -> float:
             trainer.fit(
                 module, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True if checkpoint else None
             )
+        if cfg.trainer.strategy != "fsdp":  # Lightning takes what it trained to the CPU
+            parts.policy.model.to(device_of(cfg))
         if cfg.export and not saver.interrupted:
             parts.policy.export(output / "policy", write=main)  # of all ranks, where each has a shard
         if not main:
@@ -167,7 +173,8 @@ def train(cfg: DictConfig) -> float:
                 f"Go on with the same command and hydra.run.dir={output} resume=auto"
             )
             raise SystemExit(130)
-        headline = finish(cfg, parts, module, tracker, before, output, started, first)
+        with advice_on_memory(cfg, "evaluating"):
+            headline = finish(cfg, parts, module, tracker, before, output, started, first)
         failed = False
         return headline
     finally:

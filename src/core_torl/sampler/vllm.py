@@ -152,10 +152,14 @@ class VllmSampler:
             self.engine.load(base_weights(self.model))
             self._base_loaded = True
         folder, before = Path(tempfile.mkdtemp(prefix="core-torl-adapter-")), self._adapter_folder
+        try:
+            weights.save_adapter(folder)
+            self._adapters += 1
+            self.engine.load_adapter(folder, self._adapters)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._adapter_folder = folder
-        weights.save_adapter(folder)
-        self._adapters += 1
-        self.engine.load_adapter(folder, self._adapters)
         if before is not None:
             shutil.rmtree(before)
 

@@ -104,7 +104,8 @@ class VllmServerSampler:
         self._folders: WeightFolders | None = WeightFolders(sync_dir, dtype) if is_main_process() else None
         self.fleet = Fleet([Server(url, **self._options) for url in urls], **self._retrying)
         launch = Launch(
-            dtype=dtype or str(model.dtype).removeprefix("torch."), max_model_len=max_model_len or min(self._positions, 1 << 15),
+            dtype=dtype or str(model.dtype).removeprefix("torch."),
+            max_model_len=max_model_len or min(self._positions, 1 << 15),
             gpus=tuple(gpus), port=port, tensor_parallel=tensor_parallel, data_parallel=data_parallel,
             block_size=block_size, gpu_memory_utilization=gpu_memory_utilization, kv_cache_mb=kv_cache_mb,
             enforce_eager=enforce_eager, sleep_mode=colocated, extra_args=tuple(extra_args),
@@ -142,6 +143,7 @@ class VllmServerSampler:
 
     def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig | None = None) -> list[list[Sample]]:
         sampling = sampling or self.sampling
+        self._join()  # a rank without requests, too
         if not requests:
             return []
         version = self._ready(requests, sampling)

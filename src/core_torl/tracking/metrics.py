@@ -87,7 +87,7 @@ _POLICY = (
     Metric("policy/old_kl", "nat/token", "KL of the old from the current policy, k3 estimate; guided rows aside"),
     Metric("policy/sampler_logprob_gap_max", NAT, "largest |log-prob of sampler - log-prob of trainer| at one weight"),
     Metric("policy/sampler_logprob_gap_mean", NAT, "mean |log-prob of sampler - log-prob of trainer| at one weight"),
-    Metric("policy/sync_gap", NAT, "the same on a fixed probe after the hand-over of weights; own weights only"),
+    Metric("policy/sync_gap", NAT, "mean of it on a fixed probe after the hand-over of weights; own weights only"),
     Metric("policy/grad_norm", "norm", "L2 norm of the gradient before it is clipped"),
     Metric("policy/lr", "1", "learning rate of the last optimizer step"),
 )

@@ -57,10 +57,14 @@ class Ahead:
             raise error
 
     def take(self, step: int) -> Answers | None:
-        """The answers for ``step``, once; None where there are none."""
+        """The answers for ``step``; None where there are none. They are kept until ``forget``."""
         self.wait()
-        found, self._answers = (self._answers if self.step == step else None), None
-        return found
+        return self._answers if self.step == step else None
+
+    def forget(self, step: int) -> None:
+        """``step`` is done, and will not be asked for again."""
+        if self.step == step:
+            self._answers = None
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

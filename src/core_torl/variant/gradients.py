@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core_torl.config.errors import UserError
 from core_torl.model.sharding import whole
 
 
@@ -73,7 +74,7 @@ def check_first_update(metrics: Any, started: bool, limit: float, ranks: int, de
     """Before a process's first update nothing has moved: sampler and trainer agree, ratios are 1.
 
     ``started``: no update was ever made, so the KL to the reference is 0 as well. All ranks look at the largest values
-    of any rank, so that they stop together. Returns whether anything could be compared. Raises RuntimeError.
+    of any rank, so that they stop together. Returns whether anything could be compared. Raises UserError.
     """
     seen = torch.tensor([*metrics.deviations(), float(metrics.compared)], device=device)
     if ranks > 1:
@@ -86,7 +87,7 @@ def check_first_update(metrics: Any, started: bool, limit: float, ranks: int, de
     }
     for fault, value in faults.items():
         if not value <= limit:
-            raise RuntimeError(
+            raise UserError(
                 f"first-step check: {fault} by {value:.2e} (limit variant.first_step_gap={limit}): the passes do "
                 "not run the same weights, temperature or precision, or dropout is on"
             )

@@ -56,6 +56,7 @@ class Learning(pl.LightningModule):
     _now: StepMetrics
     _frozen: Any
     _first_checked: bool
+    settled: bool  # between two steps, or before anything of a step has moved
     _stale: bool  # whether an earlier policy sampled this step's answers
 
     def auxiliary_losses(self, rows: Tensor) -> Iterator[Tensor]:
@@ -114,6 +115,7 @@ class Learning(pl.LightningModule):
             raise FloatingPointError(f"RL step {self.rl_step}: the gradient norm is {norm.item()}; lower variant.lr")
         for group in optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+        self.settled = False
         optimizer.step()
         self.updates += 1
         self._now.optimizer_step(float(norm), optimizer.param_groups[0]["lr"])

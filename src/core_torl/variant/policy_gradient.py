@@ -155,16 +155,22 @@ class PolicyGradient(Learning):
         else:
             groups = self.intervene(groups)
         token_batch = self.weigh(groups)
-        self.settled = False
+        counted = self.samples_seen, self.tokens_seen
         self._count_drawn()
         if self.overlap and step + 1 < self.rl_steps and not self._budget_spent:
-            self._ahead.start(step + 1, lambda: self.answers(self._problems_of(step + 1), step + 1))
+            self._ahead.start(step + 1, lambda: self._sampled_ahead(step + 1))
         else:
             self.sampler.sleep()
-        with self._now.timed("time/learn_s"):
-            self.learn(token_batch)
+        try:
+            with self._now.timed("time/learn_s"):
+                self.learn(token_batch)
+        except Exception:
+            if self.settled:  # no weight has moved: the step is as if it had not begun
+                self.samples_seen, self.tokens_seen = counted
+            raise
         # From here on the step is done, whatever becomes of the sampler: a run that stops now has lost nothing.
         self.rl_step, self.settled, self.last_groups = step + 1, True, groups
+        self._ahead.forget(step)
         try:
             self._prepare_next()
         except Exception:
@@ -173,6 +179,10 @@ class PolicyGradient(Learning):
             raise
         self._report(started)
         self.trainer.should_stop |= self.finished
+
+    def _sampled_ahead(self, step: int) -> Answers:
+        with self.trainer.precision_plugin.train_step_context():  # autocast is a thread's own
+            return self.answers(self._problems_of(step), step)
 
     def _prepare_next(self) -> None:
         """Wait for answers in the making, then give the sampler the new weights."""
@@ -318,5 +328,6 @@ class PolicyGradient(Learning):
         progress["is_last_batch"] = False
 
     def on_train_start(self) -> None:
-        # Not in on_load_checkpoint, which runs before the weights are loaded.
-        self._hand_over()
+        # Not in on_load_checkpoint, which runs before the weights are loaded. In the precision of the steps.
+        with self.trainer.precision_plugin.train_step_context():
+            self._hand_over()

@@ -7,19 +7,26 @@ number of its parameter, so that each kind of run can go on from a checkpoint of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from core_torl.model.sharding import shard_like, whole
 
+# How long ranks wait for each other: the first one evaluates, and on long answers that takes longer than torch's half
+# an hour.
+PATIENCE = timedelta(hours=6)
+
 
 def strategy_of(name: str, ranks: int) -> Strategy | str:
     """What Lightning's trainer takes for ``trainer.strategy``: auto, ddp or fsdp."""
+    if name == "ddp":
+        return DDPStrategy(timeout=PATIENCE)
     return Sharded(ranks) if name == "fsdp" else name
 
 
@@ -27,7 +34,9 @@ class Sharded(ModelParallelStrategy):
     """FSDP2 over all ranks. ``configure_model`` of the module shards; checkpoints are those of a single process."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        super().__init__(
+            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=PATIENCE
+        )
 
     @property
     def lightning_restore_optimizer(self) -> bool:
