@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,17 @@ def test_a_server_that_does_not_start_says_why_and_where(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did not start .ValueError: No room for the KV cache.*server-0\.log"):
         replica.wait()
     replica.stop()
+
+
+def test_a_port_that_is_taken_is_not_shared(tmp_path):
+    """Whoever listens there, another run's server say, would be handed our weights and asked for our answers."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launch = Launch(dtype="float32", max_model_len=64, log_dir=tmp_path, port=port)
+        with pytest.raises(UserError, match=rf"sampler\.port: something listens on 127\.0\.0\.1:{port} already"):
+            Replica(launch, 0, timeout_s=1, connections=1).start(tmp_path)
 
 
 def test_a_server_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -64,6 +64,32 @@ def test_a_folder_that_is_half_written_is_never_a_version(tmp_path, policies):
     assert not [p for p in folders.root.iterdir() if not p.name.endswith(".part")]
 
 
+def test_a_disk_that_is_full_lets_every_tensor_be_gathered(tmp_path, policies, monkeypatch):
+    """Ranks gather shards together: one that stopped half-way would leave the others waiting. One line says what to do."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    gathered = []
+
+    class Counted:
+        adapted = False
+
+        def merged(self):
+            for name, tensor in policies[0].merged():
+                gathered.append(name)
+                yield name, tensor
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("core_torl.sampler.vllm_weights.SHARD_BYTES", 1)
+    with pytest.raises(UserError, match=r"sampler\.sync_dir: cannot write weights .*No space left") as error:
+        WeightFolders(str(tmp_path)).write_merged(Counted(), "0")
+    assert "\n" not in str(error.value)
+    assert gathered == [name for name, _ in policies[0].merged()]
+
+
 def test_writing_a_model_to_start_from_has_config_and_tokenizer(tmp_path, policies):
     from transformers import AutoConfig, AutoTokenizer
 

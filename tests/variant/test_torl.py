@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core_torl.code_blocks import OUTPUT
+from core_torl.config.errors import UserError
 from core_torl.sandbox.protocol import Execution
 from core_torl.tool.observation import Observations
 from core_torl.tool.tool_sampler import ToolSampler
@@ -143,7 +144,7 @@ def test_a_mask_that_is_off_by_one_stops_the_run_at_its_first_step(module_of, st
         wide, exact = fit(module_of(2, meddle=shift)), fit(module_of(2))
         assert wide.tokens_seen < exact.tokens_seen
     else:
-        with pytest.raises(RuntimeError, match="first_step_gap"):
+        with pytest.raises(UserError, match="first_step_gap"):
             fit(module_of(2, meddle=shift))
 
 

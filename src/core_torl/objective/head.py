@@ -39,9 +39,11 @@ def named_scale(model: Any) -> str | None:
 def run_with(model: Any, read: Read, **inputs: Any) -> tuple[Tensor, Tensor]:
     """One forward pass with ``read`` in the place of the head: (what the model returned as logits, what read returned).
 
-    Raises HeadIsNotLast if the model did not call its output embedding exactly once.
+    Raises HeadIsNotLast if the model did not call its output embedding exactly once, or has hooks behind it.
     """
     head, found = head_of(model), []
+    if head._forward_hooks:  # they would be given what ``read`` returns, which is no logits
+        raise HeadIsNotLast("hooks change what its output embedding returns")
     before = head.__dict__.get("forward")  # a forward that somebody has put on this very module
     own: Head = head.forward
 

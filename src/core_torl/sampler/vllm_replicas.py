@@ -108,6 +108,7 @@ class Replica:
         """Start serving the model in ``folder``, in the background; see ``wait``."""
         log = self.server.log
         assert log is not None
+        check_free(self.port)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "core_torl.sampler.vllm_watch", *self.launch.command(folder, self.port)]
         self._process = JobProcess(command, log, self.launch.variables(self.number))
@@ -193,6 +194,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_free(port: int) -> None:
+    """Raises UserError for a port that somebody listens on: whoever that is would be taken for our server."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended server leaves behind is no listener
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(
+                f"sampler.port: something listens on 127.0.0.1:{port} already, another run's server perhaps; "
+                "take another port, or null for a free one"
+            ) from error
 
 
 def last_error(log: Path | None) -> str:

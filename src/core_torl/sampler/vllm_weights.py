@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from core_torl.config.errors import UserError
@@ -49,10 +50,13 @@ class WeightFolders:
     def write_merged(self, weights: Weights, version: str) -> Path:
         """Write whole weights, adapters merged."""
         folder, part = self._next(version)
+        tensors = iter(weights.merged())
         try:
-            write_shards(weights.merged(), part, self.dtype)
+            write_shards(tensors, part, self.dtype)
             os.replace(part, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            for _ in tensors:  # where weights are sharded, the other ranks gather to the end
+                pass
             raise self._full(error) from error
         return folder
 
@@ -62,7 +66,7 @@ class WeightFolders:
         try:
             weights.save_adapter(part)
             os.replace(part, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise self._full(error) from error
         return folder
 
@@ -72,7 +76,7 @@ class WeightFolders:
         try:
             folder.mkdir(exist_ok=True)
             write_shards(tensors, folder, self.dtype)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise self._full(error) from error
         self.describe(folder, config, tokenizer)
         return folder
@@ -90,10 +94,10 @@ class WeightFolders:
         part.mkdir()
         return folder, part
 
-    def _full(self, error: OSError) -> UserError:
+    def _full(self, error: Exception) -> UserError:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         return UserError(
-            f"sampler.sync_dir: cannot write weights to {self.root} ({error.strerror or error}); make room or give "
-            "another folder"
+            f"sampler.sync_dir: cannot write weights to {self.root} ({said}); make room or give another folder"
         )
 
     def keep_only(self, folder: Path) -> None:
