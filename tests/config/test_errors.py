@@ -23,7 +23,7 @@ EARLY: dict[str, tuple[str, list[str], list[str]]] = {
     "option of a nested group": ("train", ["model/prompt=tyny"], ["model/prompt=tyny", "Did you mean 'tiny'?"]),
     "experiment": ("train", ["experiment=dmo"], ["experiment=dmo", "Did you mean 'demo'?"]),
     "experiment unlike any": (
-        "train", ["experiment=zzz"], ["experiment=zzz: no such option", "Available: demo, torl_1_5b, "],
+        "train", ["experiment=zzz"], ["experiment=zzz: no such option", "Available: demo, core/cr, core/kl, ", " more, see --help"],
     ),
     "experiment in a folder": ("train", ["experiment=core/crr"], ["experiment=core/crr", "Did you mean 'core/cr'?"]),
     "group": ("train", ["varient=core_base"], ["'varient'", "Did you mean 'variant'?"]),

@@ -28,8 +28,8 @@ def bitsandbytes(monkeypatch):
         (["trainer.strategy=deepspeed"], "trainer.strategy='deepspeed': use auto, ddp or fsdp"),
         (["trainer=fsdp"], "trainer.strategy=fsdp.*set sampler.copy_weights=true, or use sampler=vllm"),
         (
-            [*FSDP, "trainer.precision=16-mixed"],
-            "trainer.precision=16-mixed with trainer.strategy=fsdp: use bf16-mixed",
+            [*FSDP, "trainer.precision=64-true"],
+            "trainer.precision=64-true with trainer.strategy=fsdp: use bf16-mixed",
         ),
         (
             ["trainer=fsdp", "sampler.copy_weights=true", *NF4],

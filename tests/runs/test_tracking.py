@@ -119,6 +119,7 @@ def test_the_glossary_is_what_runs_log(front_door, tmp_path):
             "variant=core_hybrid", "objective.kl_coef=0.001", "objective.entropy_coef=0.001",
             "evaluation.distractors=[1]",
         ],
+        "ahead": ["variant.overlap=true", "sampler.copy_weights=true", "objective.correction=truncate"],
     }  # fmt: skip
     logged: set[str] = set()
     for name, more in runs.items():
@@ -136,7 +137,8 @@ def test_the_glossary_is_what_runs_log(front_door, tmp_path):
         == 0
     )
     assert check_names_of(tmp_path / "evaluated") <= logged
-    assert METRICS.keys() - logged == set()
+    # Servers can fail: logged in tests/sampler/test_vllm_server_live.py, where there are some.
+    assert METRICS.keys() - logged == {"rollout/retried"}
     evaluated = read_run(tmp_path / "evaluated")
     assert "per_concept" in evaluated.media and evaluated.exit_code == 0
     assert [evaluated.history[0][axis] for axis in AXES] == [

@@ -93,9 +93,18 @@ def _unknown_option(text: str, groups: Iterable[str]) -> str | None:
         return f"there is no config group {group or found[1]!r}.{nearest(group or found[1], groups)}"
     if group.startswith("hydra/") and option in _EXTRAS:
         return f"{group}={option}: its package is not installed; pip install 'core-torl[sweeps]'"
-    return f"{group}={option}: no such option.{nearest(option, options)} Available: {', '.join(options)}"
+    return f"{group}={option}: no such option.{nearest(option, options)} Available: {_listed(options)}"
 
 
+def _listed(options: list[str]) -> str:
+    """The options, or the shortest names of many: recipes of models have long ones, and a line should be read."""
+    if len(options) <= _MANY:
+        return ", ".join(options)
+    shortest = sorted(options, key=lambda o: (len(o), o))[:_MANY]
+    return f"{', '.join(shortest)} and {len(options) - _MANY} more, see --help and docs/recipes.md"
+
+
+_MANY = 24  # options
 # Launchers and sweepers of Hydra that come with an extra.
 _EXTRAS = ("optuna", "joblib", "submitit_local", "submitit_slurm")
 

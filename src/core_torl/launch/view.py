@@ -8,8 +8,8 @@ colour-blind readers can tell apart) only repeats them.
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,15 +216,19 @@ def watch(cfg: DictConfig) -> int:
     if cfg.once:
         console.print(render(view))
         return exit_code(view)
+    asked = threading.Event()
+    # Not as an exception, which could come while a line is printed and be swallowed there.
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
     try:
         with _Screen(console) as screen:
             screen.show(view)
             while not view.ended:
-                time.sleep(cfg.every_s)
+                if asked.wait(cfg.every_s):
+                    return INTERRUPTED
                 view = read_sweep(folder)
                 screen.show(view)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
     return exit_code(view)
 
 

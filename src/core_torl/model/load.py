@@ -7,6 +7,7 @@ LoRA it is the same weights with the adapters off, otherwise a frozen copy that 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -279,5 +280,11 @@ def check_model(*, path: str, dtype: str, attention: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if path.startswith(SHIPPED):
         shipped_folder(path.removeprefix(SHIPPED))
+    elif looks_local and os.path.isfile(os.path.join(path, "adapter_config.json")):
+        base = json.loads(Path(path, "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"model.path={path}: LoRA adapters of {base}, not a model; give the folder in which they are merged (a run "
+            "exports both: policy and policy/adapter)"
+        )
     elif looks_local and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"model.path={path}: no config.json there; give a folder made by save_pretrained, or a hub id")
