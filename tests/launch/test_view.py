@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -184,7 +183,7 @@ def test_the_command_follows_until_all_have_ended(sweep: Path, front_door, capsy
         if len(pauses) == 3:
             write_sweep(sweep, jobs, state="completed")
 
-    monkeypatch.setattr("core_torl.launch.view.time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr("core_torl.launch.view._asked_within", lambda seconds, asked: bool(pause(seconds)))
     assert front_door("watch", f"runs={sweep}", "every_s=7") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("smoke: 1 of 2 done, 1 running") and lines[1] == "smoke: 2 of 2 done"
@@ -207,7 +206,7 @@ def test_the_command_does_not_end_between_two_jobs_of_another_launcher(tmp_path:
 
     pauses: list[float] = []
     finish(0)
-    monkeypatch.setattr("core_torl.launch.view.time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr("core_torl.launch.view._asked_within", lambda seconds, asked: bool(pause(seconds)))
     assert front_door("watch", f"runs={tmp_path}") == 0
     assert len(pauses) == 4
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == ["1 of 1 done", "2 of 2 done"]

@@ -279,6 +279,6 @@ def test_only_a_policy_with_adapters_can_hand_them_over(folder, tmp_path):
 
 def test_adapters_are_not_taken_for_a_model(folder, tmp_path):
     load_policy(path=folder, lora=LORA).save_adapter(tmp_path)
-    with pytest.raises(ValueError, match="LoRA adapters of .*, not a model; give the folder in which") as error:
+    with pytest.raises(ValueError, match=r"LoRA adapters of .*, not a model; give the folder in which") as error:
         check_model(path=str(tmp_path), dtype="float32", attention="sdpa")
     assert folder in str(error.value) and "\n" not in str(error.value)

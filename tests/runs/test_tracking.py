@@ -119,7 +119,10 @@ def test_the_glossary_is_what_runs_log(front_door, tmp_path):
             "variant=core_hybrid", "objective.kl_coef=0.001", "objective.entropy_coef=0.001",
             "evaluation.distractors=[1]",
         ],
-        "ahead": ["variant.overlap=true", "sampler.copy_weights=true", "objective.correction=truncate"],
+        "ahead": [
+            "variant.overlap=true", "sampler.copy_weights=true", "objective.correction=truncate",
+            "variant.skip_zero_advantage=false",
+        ],
     }  # fmt: skip
     logged: set[str] = set()
     for name, more in runs.items():

@@ -232,6 +232,7 @@ def test_three_steps_of_core_cr(own, base, front_door, tmp_path):
     steps = [s for s in steps if "train/optimizer_steps" in s]
     assert len(steps) == 3 and steps[-1]["train/optimizer_steps"] >= 3
     assert max(s["policy/sampler_logprob_gap_max"] for s in steps[:1]) < TOLERANCE
+    assert all(s["rollout/retried"] == 0 and s["policy/sync_gap"] < TOLERANCE for s in steps)
     versions = httpx.get(f"{url}/weight_info", trust_env=False).json()["weight_version"]
     assert versions == str(int(steps[-1]["train/optimizer_steps"]))
 

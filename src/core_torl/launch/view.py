@@ -223,13 +223,17 @@ def watch(cfg: DictConfig) -> int:
         with _Screen(console) as screen:
             screen.show(view)
             while not view.ended:
-                if asked.wait(cfg.every_s):
+                if _asked_within(cfg.every_s, asked):
                     return INTERRUPTED
                 view = read_sweep(folder)
                 screen.show(view)
     finally:
         signal.signal(signal.SIGINT, before)
     return exit_code(view)
+
+
+def _asked_within(seconds: float, asked: threading.Event) -> bool:
+    return asked.wait(seconds)
 
 
 def exit_code(view: SweepView) -> int:
