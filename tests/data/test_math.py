@@ -276,3 +276,10 @@ def test_the_math_training_file_beside_math500_and_aime():
     assert [(p.question, p.answer) for p in found.train] == [(p.question, p.answer) for p in verl.train]
     assert found.report["asked_in_test"] == verl.report["asked_in_test"] == LEAKED
     assert found.report["repeated_in_train"] == REPEATED
+
+
+def test_a_local_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path):
+    file = tmp_path / "problems.md"
+    file.write_text("# no data")
+    with pytest.raises(ValueError, match=r"problems\.md: a local file must end in .*\.jsonl"):
+        load(str(file))

@@ -113,7 +113,8 @@ def _recipes(group: str) -> list[str]:
     """Options of ``group`` that lie in folders below it; other files there are options of their own groups."""
     root = Path(conf_dir()) / group
     files = [p for p in sorted(root.glob("*/**/*.yaml")) if p.read_text().startswith("# @package _global_")]
-    return [p.relative_to(root).with_suffix("").as_posix() for p in files]
+    # What several recipes share is none by itself.
+    return [p.relative_to(root).with_suffix("").as_posix() for p in files if p.parent.name != "common"]
 
 
 def _unknown_config(text: str) -> str | None:

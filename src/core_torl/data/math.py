@@ -72,6 +72,8 @@ class MathProblems(QuestionSets):
             if not Path(path).expanduser().is_file():
                 raise FileNotFoundError(f"data.{key}={path!r}: no such file")
             values = read_file(path)
+        elif Path(path).expanduser().is_file():
+            raise ValueError(f"data.{key}={path}: a local file must end in {', '.join(ENDINGS)}")
         else:
             values = read_hub(path, self.config, self._split(key), self.revision, self.streaming)
         rows: list[Row] = []
